@@ -23,12 +23,14 @@ from tqdm import tqdm
 from medvl.base import files, workers
 from medvl.commands import doctor
 from medvl.evaluation import results
-from medvl.hub import checkpoints, loading, tokens
+from medvl.hub import checkpoints
 from medvl.language import measure
 from medvl.systems import bench, export, gates, pipeline_report, quantize, run
 from medvl.systems.gates import GATES
 from medvl.systems.system import VARIANTS, Log, System
 from medvl.weights import lora
+
+LOG = tqdm.write  # a line beside progress bars
 
 
 @frozen(kw_only=True)
@@ -40,7 +42,6 @@ class Work:
     cfg: Any
     run: Path  # the run folder
     system: System
-    log: Log = tqdm.write
 
     @property
     def folder(self) -> Path:
@@ -52,10 +53,8 @@ class Work:
         return json.loads((self.folder / file).read_text(encoding="utf-8"))
 
     def write(self, file: str, content: Any) -> None:
-        """Write a file of the pipeline: a text, or what is written as JSON."""
-        text = (
-            content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        )
+        """Write a file of the pipeline: a text, or anything as JSON."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
         files.write_text(self.folder / file, text)
 
 
@@ -71,9 +70,8 @@ def open_work(exp: str, overrides: Sequence[str] = ()) -> Work:
         raise ValueError(f"pipeline: {exp} is a {cfg.system} experiment, which has no variants to compare")
     if not cfg.model.name or not any(pattern.startswith("lora/") for pattern in cfg.train.patterns):
         raise ValueError(
-            f"pipeline: {exp} must have a model.name, as it is measured before training, and a stage that trains lora/..., "
-            f"found {cfg.model.name!r} and {', '.join(cfg.train.patterns)}; a model from scratch is an experiment NAME of "
-            "its own, and model.name = 'models/NAME' here"
+            f"pipeline: {exp} must have a model.name and a stage that trains lora/..., found {cfg.model.name!r} and "
+            f"{', '.join(cfg.train.patterns)}; train a model from scratch as an experiment NAME and adapt models/NAME"
         )
     return Work(exp=exp, overrides=tuple(overrides), cfg=cfg, run=folder, system=system)
 
@@ -93,14 +91,11 @@ def run_in_process(phase: str, exp: str, overrides: Sequence[str] = ()) -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), workers.end_with_parent) as pool:
             pool.submit(run_phase, phase, exp, overrides).result()
     except BrokenProcessPool as e:
-        advice = "was memory short? The same command goes on from there"
-        raise ValueError(
-            f"pipeline: the process of phase {phase} must end by itself, found it killed; {advice}"
-        ) from e
+        raise ValueError(f"pipeline: the process of phase {phase} was killed; was memory short?") from e
 
 
 def run_pipeline(
-    exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write, make: Callable[..., None] = run_in_process
+    exp: str, overrides: Sequence[str] = (), log: Log = LOG, make: Callable[..., None] = run_in_process
 ) -> Path:
     """Run the phases whose gates are not green; returns the folder of their files.
 
@@ -170,28 +165,26 @@ def _model(work: Work) -> None:
     name, start = work.cfg.model.name, time.monotonic()
     if base := run.base_experiment(work.cfg):
         _, folder = run.resolve(base)
-        _train_once(base, (), folder, work.log)
+        _train_once(base, (), folder)
         with checkpoints.new_folder(name) as tmp:
             shutil.copytree(folder / "model", tmp, dirs_exist_ok=True)
-    tokens.tokenizer(name)
-    checkpoints.open_weights(checkpoints.find_file(name, loading.WEIGHT_FILES), name)
-    for file in ("generation_config.json", "preprocessor_config.json", "README.md"):
-        checkpoints.find_optional_file(name, file)
+    assert work.system.variant is not None
+    # Opened once, so that all its files are here, and whole.
+    work.system.variant(work.cfg, work.run, "base").open()
     sizes = measure.file_sizes(checkpoints.find_file(name, ("config.json",)).parent)
     content = {"name": name, "files": sizes, "bytes": sum(sizes.values())}
     work.write("download.json", content | {"seconds": time.monotonic() - start})
 
 
-def _train_once(exp: str, overrides: Sequence[str], folder: Path, log: Log) -> None:
-    # Rows are the last that a training writes.
-    if not (folder / "results" / "results.jsonl").exists():
-        run.run(exp, overrides, log)
+def _train_once(exp: str, overrides: Sequence[str], folder: Path) -> None:
+    if not (folder / "results" / "results.jsonl").exists():  # the last file of a training
+        run.run(exp, overrides, LOG)
 
 
 def _bench(variant: str, file: str) -> Callable[[Work], None]:
     def phase(work: Work) -> None:
         fell_back = variant == "int4" and work.read("quantization_info.json")["method"] == "nf4"
-        path = bench.bench(work.exp, work.overrides, "nf4" if fell_back else variant, log=work.log)
+        path = bench.bench(work.exp, work.overrides, "nf4" if fell_back else variant, log=LOG)
         work.write(file, path.read_text(encoding="utf-8"))
 
     return phase
@@ -209,13 +202,13 @@ def _quantize(work: Work) -> None:
         rows = [decoder.get(key, 1) for key in ("hidden_size", "intermediate_size")]
         # 128 values share a scale, or fewer where that does not divide the rows.
         group = next((size for size in (128, 64, 32) if not any(row % size for row in rows)), -1)
-        quantize.quantize(work.exp, work.overrides, group=group, log=work.log)
+        quantize.quantize(work.exp, work.overrides, group=group, log=LOG)
     work.write(info.name, info.read_text(encoding="utf-8"))
 
 
 def _data(work: Work) -> None:
     data = work.cfg.data
-    read = work.system.prepare(work.cfg, work.log)
+    read = work.system.prepare(work.cfg, LOG)
     if data.source == "public":
         for name in ("download_summary.json", "data_summary.json"):
             work.write(name, (Path(data.folder) / name).read_text(encoding="utf-8"))
@@ -229,7 +222,7 @@ def _data(work: Work) -> None:
 
 
 def _train(work: Work) -> None:
-    _train_once(work.exp, work.overrides, work.run, work.log)
+    _train_once(work.exp, work.overrides, work.run)
     model, params = work.system.load(work.run)
     numbers, base, percent = lora.count_adapter(model.adapter, params["model"])
     conversations = work.read("data_summary.json")["splits"]["train"]
@@ -269,7 +262,7 @@ def _evaluate(work: Work) -> None:
         left_out["int4"] = f"quantised by nf4 instead: {info['reason']}"
     if not (work.run / "merged").exists():
         try:
-            export.export_run(str(work.run), work.run / "merged", "merged", log=work.log)
+            export.export_run(str(work.run), work.run / "merged", "merged", log=LOG)
         except ValueError as e:
             # Of what is refused, only that this adapter cannot be merged is a result.
             if not str(e).startswith(("export: merged onto", "merge_adapter")):
@@ -279,7 +272,7 @@ def _evaluate(work: Work) -> None:
     for variant in sorted({*VARIANTS} - {*left_out}, key=["lora", *VARIANTS].index):
         folder = work.run / ("results" if variant == "lora" else f"results-{variant}")
         if not (folder / "results.jsonl").exists():
-            run.evaluate(work.exp, work.overrides, work.log, variant=variant)
+            run.evaluate(work.exp, work.overrides, LOG, variant=variant)
             measure.free_memory()
         variants[variant] = [_plain(row) for row in results.read_results(folder / "results.jsonl")]
         if variant != "lora":

@@ -40,7 +40,7 @@ from medvl.weights import four_bit
 
 WeightTransform = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 # Keys of a checkpoint that the plain encoder does not have: task heads, poolers, the temperature of a
 # contrastive pair.
@@ -98,7 +98,7 @@ def load_skeleton(
         return bind_weights(config, from_dinov2(state), name=path.stem, dtype=dtype, device=device)
 
     config = read_json(find_file(str(name), ("config.json",)))
-    entries = open_weights(find_file(str(name), WEIGHT_FILES), str(name))
+    entries = open_weights(find_file(str(name), _WEIGHT_FILES), str(name))
     if part:
         if not isinstance(config.get(f"{part}_config"), dict):
             raise ValueError(

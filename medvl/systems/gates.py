@@ -64,8 +64,13 @@ def _refuse_constant(name: str) -> None:
 
 # What must hold ---------------------------------------------------------------------------------------------
 def _environment(content: Any, _: Any) -> list[Demand]:
-    torch = content["packages"]["torch"]
-    return [(torch == content["torch"], "packages must name the torch that runs", torch)]
+    return [
+        (
+            content["cores"] > 0 and bool(content["packages"]),
+            "cores and packages must not be empty",
+            content["cores"],
+        )
+    ]
 
 
 def _download(content: Any, _: Any) -> list[Demand]:
@@ -101,11 +106,12 @@ def _bench(*variants: str) -> Callable[[Any, Any], list[Demand]]:
 
 
 def _quantization(content: Any, _: Any) -> list[Demand]:
-    before, after = content["bytes_before"], content["bytes_after"]
+    before, after, variant = (content[key] for key in ("bytes_before", "bytes_after", "variant"))
     explained = content["method"] == content["asked"] or content["reason"]
     return [
         (0 < after < before, f"bytes_after must be below bytes_before = {before}", after),
         (math.isclose(content["share"] * before, after), "share must be that of the bytes", content["share"]),
+        (variant == "base", "the variant must be base; remove RUN/int4", variant),
         (bool(explained), "reason must say why the method is not the one asked for", content["method"]),
     ]
 
@@ -137,10 +143,12 @@ def _training(content: Any, _: Any) -> list[Demand]:
 def _evaluation(content: Any, _: Any) -> list[Demand]:
     metric, variants, pairs = content["metric"], content["variants"], content["lora_minus"]
     named = {*variants, *content["left_out"]} == {*VARIANTS} and {*pairs} == {*variants} - {"lora"}
-    found = [(named and "base" in pairs, "each variant must have scores or a reason", list(variants))]
+    found: list[Demand] = [
+        (named and "base" in pairs, "each variant must have scores or a reason", list(variants))
+    ]
     value = {}
     for name, rows in variants.items():
-        row = next(row for row in rows if (row["what"], row["subject"]) == (metric, "all"))
+        row = pipeline_report.overall(rows, metric)
         value[name] = row["value"]
         found.append(
             (row["n"] > 0 and _interval(row), f"{metric} of {name} must have n and an interval", row)

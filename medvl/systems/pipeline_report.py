@@ -1,7 +1,7 @@
 """The report of a pipeline: figures of its files in one JSON, and two texts that have no other number."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from medvl.evaluation import results
@@ -42,10 +42,6 @@ def findings(report: Figures) -> list[str]:
     return sentences + [f"{name} is left out: {reason}" for name, reason in left_out]
 
 
-def _pick(*keys: str) -> Callable[[Figures], Any]:
-    return lambda content: {key: content[key] for key in keys}
-
-
 def _costs(content: Figures) -> dict[str, Any]:
     """What a variant costs, of its bench; seconds are medians."""
     answers = content["samples"]
@@ -61,26 +57,17 @@ def _costs(content: Figures) -> dict[str, Any]:
     }
 
 
-def _scores(content: Figures) -> dict[str, Any]:
-    """Of each variant the metric that variants are compared by, and hallucinated values where they are counted."""
-    shown = (content["metric"], "hallucinated_value_rate")
-    scores = {}
-    for name, rows in content["variants"].items():
-        scores[name] = [row for row in rows if row["what"] in shown and row["subject"] in ("all", "")]
-    return {**content, "variants": scores, "interval_percent": 95}
-
-
 # {part of the report: (the file that it comes from, what is taken of it)}
 PARTS: dict[str, tuple[str, Callable[[Figures], Any]]] = {
-    "environment": ("environment.json", _pick("python", "torch", "cpu", "gpu", "commit")),
-    "model": ("download.json", _pick("name", "bytes")),
+    "environment": ("environment.json", dict),
+    "model": ("download.json", dict),
     "base": ("baseline_fp16.json", _costs),
     "quantized": ("quantized_int4.json", _costs),
     "tuned": ("finetuned_standard_bench.json", _costs),
-    "quantization": ("quantization_info.json", _pick("asked", "method", "reason", "share")),
-    "data": ("data_summary.json", _pick("splits", "licences", "non_commercial")),
+    "quantization": ("quantization_info.json", dict),
+    "data": ("data_summary.json", dict),
     "training": ("training_metrics.json", dict),
-    "evaluation": ("evaluation_finetuned.json", _scores),
+    "evaluation": ("evaluation_finetuned.json", dict),
 }
 
 
@@ -92,21 +79,27 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def overall(rows: Sequence[Figures], metric: str) -> Figures:
+    """The row of a metric over everything that was scored."""
+    return next(row for row in rows if (row["what"], row["subject"]) == (metric, "all"))
+
+
 # From figures to texts --------------------------------------------------------------------------------------
 def benchmark_report(report: Figures) -> str:
     """BENCHMARK_REPORT.md: the three stages side by side, the scores of all variants, findings."""
     stages = [report[part] for part in ("base", "quantized", "tuned")]
     names = [stage["variant"] for stage in stages]
     costs = [(key, *(_text(stage[key]) for stage in stages)) for key in stages[0] if key != "variant"]
-    scores = []
+    shown, scores = (report["evaluation"]["metric"], "hallucinated_value_rate"), []
     for name, rows in report["evaluation"]["variants"].items():
+        rows = [row for row in rows if row["what"] in shown and row["subject"] in ("all", "")]
         scores += [(name, row["what"], _text(row["n"]), _interval(row)) for row in rows]
     return "\n\n".join(
         [
             f"# {report['run_id']}",
             "## Costs\n\nSeconds are medians of n answers of one length; they have no interval.",
             results.markdown_table(("", *names), costs).rstrip(),
-            f"## Scores\n\nWith {report['evaluation']['interval_percent']} % intervals.",
+            "## Scores",
             results.markdown_table(("Variant", "Metric", "n", "Value"), scores).rstrip(),
             "## Findings",
             *report["findings"],
@@ -117,10 +110,10 @@ def benchmark_report(report: Figures) -> str:
 
 def content_draft(report: Figures) -> str:
     """CONTENT_DRAFT.md: a text of fewer than 200 words with a post of fewer than 280 characters."""
-    variants, quantization = report["evaluation"]["variants"], report["quantization"]
-    base, tuned = variants["base"][0], variants["lora"][0]
+    metric, quantization = report["evaluation"]["metric"], report["quantization"]
+    rows = [overall(report["evaluation"]["variants"][name], metric) for name in ("base", "lora")]
     name = report["run_id"].rpartition("-")[0][:60]
-    score = f"{tuned['what']} {_interval(base)} before and {_interval(tuned)} after tuning, n = {tuned['n']}"
+    score = f"{metric} {_interval(rows[0])} before and {_interval(rows[1])} after tuning, n = {rows[1]['n']}"
     share = f"{quantization['method']} keeps {_text(quantization['share'])} of the bytes"
     return (
         f"# {name}\n\nOf the weights, {share}. The adapter is "

@@ -1,15 +1,22 @@
 """invoke pipeline at toy size: all phases, gates over damaged files, going on after a stop."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from medvl.base import files
 from medvl.commands import pipeline
 from medvl.systems import bench, gates, pipeline_report, run
 from medvl.systems.gates import GATES
+from medvl.systems.tune import SYSTEM
+from tests.conftest import ROOT
 from tests.systems.document.test_document import record
-from tests.systems.tune.test_run import record as tune_record
 
 JSONS = [gate.file for gate in GATES if gate.file.endswith(".json")]
 
@@ -29,9 +36,9 @@ def write_experiment(place, name, raw):
     path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in raw.items()))
 
 
-def write_experiments(place, make=record):
+def write_experiments(place):
     """toy_base trains a model from scratch, toy adapts it."""
-    raw = make(place)
+    raw = record(place)
     whole, adapted = raw["train"]["stages"]
     adapted |= {"steps": 12, "lr": 3e-3}
     write_experiment(place, "toy_base", raw | {"train": raw["train"] | {"stages": [whole]}})
@@ -49,6 +56,7 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("pipeline")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(bench, "bench", partial(bench.bench, new_tokens=3, batch=2))
         write_experiments(place)
         yield place / go_on(), place
 
@@ -78,7 +86,9 @@ def test_a_second_call_runs_nothing_and_says_so(finished):
     assert lines[:-1] == [f"{phase}: its gates are green, nothing to do" for phase in pipeline.PHASES]
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: ""], ids=["cut", "empty"])
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: ""], ids=["cut", "empty"]
+)
 @pytest.mark.parametrize("file", [gate.file for gate in GATES])
 def test_a_damaged_file_makes_its_own_gate_red(file, damage, copied):
     (copied / file).write_text(damage((copied / file).read_text()))
@@ -93,7 +103,7 @@ def test_any_other_json_makes_its_own_gate_red(file, value, copied):
 
 
 CHANGES = [
-    ("environment.json", "packages.torch", "1.0"),
+    ("environment.json", "cores", 0),
     ("download.json", "bytes", 1),
     ("baseline_fp16.json", "latency.p50", 1e6),
     ("baseline_fp16.json", "samples.0.tokens_out", 1),
@@ -108,10 +118,10 @@ CHANGES = [
     ("training_metrics.json", "stages.0.final_loss", 1e6),
     ("training_metrics.json", "stages.0.final_loss", float("nan")),
     ("training_metrics.json", "trainable.percent", 120.0),
-    ("evaluation_finetuned.json", "variants.base.2.value", 0.987),
+    ("evaluation_finetuned.json", "lora_minus.base.value", 0.987),
     ("evaluation_finetuned.json", "lora_minus.base.high", -0.5),
     ("evaluation_finetuned.json", "lora_minus.nf4.low", None),
-    ("evaluation_finetuned.json", "left_out", {"lora": "no"}),
+    ("evaluation_finetuned.json", "left_out", {"int8": "no"}),
     ("finetuned_standard_bench.json", "data.n", 0),
     ("FINAL_REPORT.json", "tuned.latency_s", 1e-9),
     ("FINAL_REPORT.json", "evaluation.variants.lora.0.value", 0.999),
@@ -177,11 +187,99 @@ def test_findings_follow_from_intervals(low, high, n, verdict):
 def test_a_damaged_file_is_made_anew_and_the_numbers_stay(finished):
     folder, _ = finished
     evaluation = (folder / "evaluation_finetuned.json").read_text()
-    for file in ("download.json", "quantization_info.json", "training_metrics.json", "evaluation_finetuned.json"):
+    for file in (
+        "download.json",
+        "quantization_info.json",
+        "training_metrics.json",
+        "evaluation_finetuned.json",
+    ):
         (folder / file).write_text("{")
     lines = []
     go_on(lines.append)
     begun = [line.removesuffix(": begins") for line in lines if line.endswith("begins")]
-    assert begun == ["model", "quantize", "train", "evaluate"]
+    assert begun == ["model", "quantize", "train", "evaluate", "report"]  # seconds in the report are others
     assert (folder / "evaluation_finetuned.json").read_text() == evaluation
     assert not red(folder)
+
+
+# What stops a pipeline ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def at_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_experiments(tmp_path)
+    return tmp_path
+
+
+def test_a_red_gate_stops_the_pipeline_and_is_written_down(at_work):
+    def make(phase, exp, overrides):
+        pipeline.open_work(exp, overrides).write("environment.json", {"python": "3"})
+
+    message = (
+        r"a gate of phase doctor is red: .*/pipeline/environment\.json: must have the key 'platform', found \"none\"; "
+        "the same command without --check makes it anew"
+    )
+    with pytest.raises(ValueError, match=message):
+        pipeline.run_pipeline("toy", log=lambda line: None, make=make)
+    folder = pipeline.open_work("toy").folder
+    assert "s, refused: pipeline: a gate of phase doctor is red" in (folder / "BUILD_LOG.md").read_text()
+    assert not (folder / "download.json").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(at_work):
+    def make(phase, exp, overrides):
+        folder = pipeline.open_work(exp, overrides).folder
+        with files.atomic(folder / "environment.json") as tmp:
+            tmp.write_text("{")
+            raise OSError(errno.ENOSPC, "no room")
+
+    with pytest.raises(OSError, match=r"make room and call again.*environment\.json"):
+        pipeline.run_pipeline("toy", log=lambda line: None, make=make)
+    folder = pipeline.open_work("toy").folder
+    assert [path.name for path in folder.iterdir()] == ["BUILD_LOG.md"]
+
+
+def kill_itself(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_phase_whose_process_is_killed_is_named(at_work, monkeypatch):
+    monkeypatch.setattr(pipeline, "run_phase", kill_itself)
+    with pytest.raises(ValueError, match="the process of phase doctor was killed"):
+        pipeline.run_pipeline("toy", log=lambda line: None)
+
+
+def test_experiments_without_a_pipeline_are_refused(at_work, capsys):
+    with pytest.raises(
+        ValueError, match=r"must have a model\.name and a stage that trains lora/\.\.\., found ''"
+    ):
+        pipeline.run_pipeline("toy_base")
+    ct = str(ROOT / "experiments" / "ctclip_phantom.toml")
+    with pytest.raises(ValueError, match="is a ct_clip experiment, which has no variants"):
+        pipeline.check_pipeline(ct)
+    assert pipeline.check_pipeline("toy") == 1
+    assert "13 of 13 gates are red" in capsys.readouterr().out
+    assert not (at_work / "runs").exists()
+
+
+def test_a_training_says_which_command_makes_its_model(at_work):
+    with pytest.raises(
+        ValueError, match=r"models/toy_base must be a model .*; `invoke pipeline --exp \.\.\.` makes it"
+    ):
+        run.run("toy", log=lambda line: None)
+    cfg, _ = run.resolve("toy")
+    assert run.base_experiment(cfg) == "toy_base"
+    (at_work / "models" / "toy_base").mkdir(parents=True)
+    assert run.base_experiment(cfg) == ""
+    cfg, _ = run.resolve("toy", ("model.name=models/other",))
+    assert run.base_experiment(cfg) == ""
+
+
+def test_answers_of_tune_are_compared_in_pairs(tmp_path):
+    for name, right in (("ours", [True, True, True, False]), ("theirs", [True, False, False, False])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"answer": "a\u2028b", "right": value}, ensure_ascii=False) for value in right]
+        (tmp_path / name / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    cfg = SimpleNamespace(seed=0, evaluate=SimpleNamespace(bootstrap=50))
+    (row,) = SYSTEM.compare(cfg, tmp_path / "ours", tmp_path / "theirs")
+    assert (row.what, row.subject, row.value, row.n) == ("accuracy_difference", "all", 0.5, 4)
+    assert row.low <= 0.5 <= row.high

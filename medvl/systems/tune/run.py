@@ -291,9 +291,9 @@ def answer_conversations(
 
 def compare_answers(cfg: Config, folder: Path, other: Path) -> list[Result]:
     """How much more often the answers of a folder of results are right than those of another."""
-    right = [[line["right"] for line in read_answers(place)] for place in (folder, other)]
+    ours, theirs = ([line["right"] for line in read_answers(place)] for place in (folder, other))
     gen = torch.Generator().manual_seed(cfg.seed)
-    difference = paired_difference(*right, range(len(right[0])), n=cfg.evaluate.bootstrap, gen=gen)
+    difference = paired_difference(ours, theirs, range(len(ours)), n=cfg.evaluate.bootstrap, gen=gen)
     return to_results({"all": difference}, split="test")
 
 
