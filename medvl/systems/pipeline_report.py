@@ -1,7 +1,7 @@
 """The report of a pipeline: figures of its files in one JSON, and two texts that have no other number."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from medvl.evaluation import results
@@ -57,6 +57,15 @@ def _costs(content: Figures) -> dict[str, Any]:
     }
 
 
+def _scores(content: Figures) -> dict[str, Any]:
+    """Of each variant the metric that they are compared by, and hallucinated values where they are counted."""
+    shown = ((content["metric"], "all"), ("hallucinated_value_rate", ""))
+    variants = {}
+    for name, rows in content["variants"].items():
+        variants[name] = [row for row in rows if (row["what"], row["subject"]) in shown]
+    return {**content, "variants": variants}
+
+
 # {part of the report: (the file that it comes from, what is taken of it)}
 PARTS: dict[str, tuple[str, Callable[[Figures], Any]]] = {
     "environment": ("environment.json", dict),
@@ -67,7 +76,7 @@ PARTS: dict[str, tuple[str, Callable[[Figures], Any]]] = {
     "quantization": ("quantization_info.json", dict),
     "data": ("data_summary.json", dict),
     "training": ("training_metrics.json", dict),
-    "evaluation": ("evaluation_finetuned.json", dict),
+    "evaluation": ("evaluation_finetuned.json", _scores),
 }
 
 
@@ -79,20 +88,14 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def overall(rows: Sequence[Figures], metric: str) -> Figures:
-    """The row of a metric over everything that was scored."""
-    return next(row for row in rows if (row["what"], row["subject"]) == (metric, "all"))
-
-
 # From figures to texts --------------------------------------------------------------------------------------
 def benchmark_report(report: Figures) -> str:
     """BENCHMARK_REPORT.md: the three stages side by side, the scores of all variants, findings."""
     stages = [report[part] for part in ("base", "quantized", "tuned")]
     names = [stage["variant"] for stage in stages]
     costs = [(key, *(_text(stage[key]) for stage in stages)) for key in stages[0] if key != "variant"]
-    shown, scores = (report["evaluation"]["metric"], "hallucinated_value_rate"), []
+    scores = []
     for name, rows in report["evaluation"]["variants"].items():
-        rows = [row for row in rows if row["what"] in shown and row["subject"] in ("all", "")]
         scores += [(name, row["what"], _text(row["n"]), _interval(row)) for row in rows]
     return "\n\n".join(
         [
@@ -110,10 +113,10 @@ def benchmark_report(report: Figures) -> str:
 
 def content_draft(report: Figures) -> str:
     """CONTENT_DRAFT.md: a text of fewer than 200 words with a post of fewer than 280 characters."""
-    metric, quantization = report["evaluation"]["metric"], report["quantization"]
-    rows = [overall(report["evaluation"]["variants"][name], metric) for name in ("base", "lora")]
+    variants, quantization = report["evaluation"]["variants"], report["quantization"]
+    base, tuned = variants["base"][0], variants["lora"][0]
     name = report["run_id"].rpartition("-")[0][:60]
-    score = f"{metric} {_interval(rows[0])} before and {_interval(rows[1])} after tuning, n = {rows[1]['n']}"
+    score = f"{tuned['what']} {_interval(base)} before and {_interval(tuned)} after tuning, n = {tuned['n']}"
     share = f"{quantization['method']} keeps {_text(quantization['share'])} of the bytes"
     return (
         f"# {name}\n\nOf the weights, {share}. The adapter is "

@@ -215,7 +215,7 @@ def test_a_red_gate_stops_the_pipeline_and_is_written_down(at_work):
         pipeline.open_work(exp, overrides).write("environment.json", {"python": "3"})
 
     message = (
-        r"a gate of phase doctor is red: .*/pipeline/environment\.json: must have the key 'platform', found \"none\"; "
+        r"a gate of phase doctor is red: .*/pipeline/environment\.json: must be whole, with all its keys, found \"KeyError: 'platform'\"; "
         "the same command without --check makes it anew"
     )
     with pytest.raises(ValueError, match=message):
