@@ -107,7 +107,8 @@ def run_pipeline(
     work = open_work(exp, overrides)
     files.check_writable(work.folder, folder=True)
     with files.file_lock(work.folder):
-        files.remove_unfinished(work.folder)
+        with files.file_lock(work.run):  # refused while the run is being trained or evaluated
+            files.remove_unfinished(work.run)
         for phase in PHASES:
             log(f"{phase}: {'begins' if _red_gates(work, phase) else 'its gates are green, nothing to do'}")
             if not _red_gates(work, phase):
