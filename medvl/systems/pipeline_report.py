@@ -117,13 +117,13 @@ def content_draft(report: Figures) -> str:
     base, tuned = variants["base"][0], variants["lora"][0]
     name = report["run_id"].rpartition("-")[0][:60]
     score = f"{tuned['what']} {_interval(base)} before and {_interval(tuned)} after tuning, n = {tuned['n']}"
-    share = f"{quantization['method']} keeps {_text(quantization['share'])} of the bytes"
+    share = f"{_text(quantization['share'])} of their bytes by {quantization['method']}"
     return (
-        f"# {name}\n\nOf the weights, {share}. The adapter is "
+        f"# {name}\n\nThe weights take {share}. The adapter is "
         f"{_text(report['training']['trainable']['percent'])} % of all numbers, trained on "
         f"{report['data']['splits']['train']} conversations. On the test split: {score}. "
         f"{report['findings'][0]}. An answer took {_text(report['base']['latency_s'])} seconds before and "
-        f"{_text(report['tuned']['latency_s'])} with the adapter.\n{POST}\n{name}: {score}. {share}. {NOTICE}\n"
+        f"{_text(report['tuned']['latency_s'])} with the adapter.\n{POST}\n{name}: {score}. The weights take {share}. {NOTICE}\n"
     )
 
 

@@ -243,8 +243,8 @@ def _check_places(system: System, cfg: Any, folder: Path) -> None:
         files.check_writable(place, folder=True)
     if base := base_experiment(cfg):
         raise ValueError(
-            f"model.name: {cfg.model.name} must be a model and is not there; `invoke pipeline --exp ...` makes it by the "
-            f"experiment {base}, or put the folder `model` of the run of `invoke train --exp {base}` there"
+            f"model.name: {cfg.model.name} must be a model and is not there; `invoke pipeline --exp "
+            f"{folder.name.rpartition('-')[0]}` trains the experiment {base} and puts its model there"
         )
 
 

@@ -266,7 +266,8 @@ def test_experiments_without_a_pipeline_are_refused(at_work, capsys):
 
 def test_a_training_says_which_command_makes_its_model(at_work):
     with pytest.raises(
-        ValueError, match=r"models/toy_base must be a model .*; `invoke pipeline --exp \.\.\.` makes it"
+        ValueError,
+        match=r"models/toy_base must be a model .*; `invoke pipeline --exp toy` trains the experiment toy_base",
     ):
         run.run("toy", log=lambda line: None)
     cfg, _ = run.resolve("toy")
