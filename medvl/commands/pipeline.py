@@ -134,18 +134,16 @@ def check_pipeline(exp: str, overrides: Sequence[str] = ()) -> int:
     for gate in GATES:
         print(f"{'red  ' if faults[gate.file] else 'green'} {gate.phase}: {gate.file}")
         for fault in faults[gate.file]:
-            print(f"      {fault}; {gate.remedy}")
+            print(f"      {fault}")
     print(f"{sum(map(bool, faults.values()))} of {len(GATES)} gates are red: {work.folder}")
     return int(any(faults.values()))
 
 
 def _red_gates(work: Work, phase: str) -> list[str]:
-    """The faults in the files of a phase, each with its file and what to do."""
+    """The faults in the files of a phase, each with its file."""
     faults = gates.check_folder(work.folder)
     own = [gate for gate in GATES if gate.phase == phase]
-    return [
-        f"{work.folder / gate.file}: {fault}; {gate.remedy}" for gate in own for fault in faults[gate.file]
-    ]
+    return [f"{work.folder / gate.file}: {fault}" for gate in own for fault in faults[gate.file]]
 
 
 def _log_phase(work: Work, phase: str, start: float, outcome: str) -> None:

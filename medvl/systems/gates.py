@@ -18,6 +18,7 @@ from medvl.systems import pipeline_report
 from medvl.systems.bench import SCHEMA
 from medvl.systems.system import VARIANTS
 
+_ANEW = "the same command without --check makes it anew"
 Demand = tuple[bool, str, Any]  # whether it holds, what must hold, what was found
 
 
@@ -30,14 +31,15 @@ class Gate:
     # (what the file holds, {file: what it holds} of those whose gates are green)
     demands: Callable[[Any, Mapping[str, Any]], Sequence[Demand]]
     keys: str = ""  # of its JSON object
-    remedy: str = "the same command without --check makes it anew"
+    remedy: str = ""  # where the file is whole and a demand does not hold
 
 
 def check_folder(folder: Path) -> dict[str, list[str]]:
-    """{file: its faults in words} for every gate; a gate without faults is green."""
+    """{file: what must hold, was found and is to be done, for each fault} of every gate; one without faults is green."""
     green: dict[str, Any] = {}
     faults: dict[str, list[str]] = {}
     for gate in GATES:
+        remedy = gate.remedy or _ANEW
         try:
             content = _read(folder / gate.file)
             for key in gate.keys.split():
@@ -45,8 +47,10 @@ def check_folder(folder: Path) -> dict[str, list[str]]:
             demands = gate.demands(content, green)
         # JSON may hold any shape: a number where a list must be.
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            demands = [(False, "must be whole, with all its keys", f"{type(e).__name__}: {e}")]
-        faults[gate.file] = [f"{what}, found {short(found)}" for holds, what, found in demands if not holds]
+            demands, remedy = [(False, "must be whole, with all its keys", f"{type(e).__name__}: {e}")], _ANEW
+        faults[gate.file] = [
+            f"{what}, found {short(found)}; {remedy}" for ok, what, found in demands if not ok
+        ]
         if not faults[gate.file]:
             green[gate.file] = content
     return faults

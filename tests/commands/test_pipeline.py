@@ -145,6 +145,20 @@ def test_a_changed_number_makes_its_own_gate_red(file, key, value, copied):
     assert red(copied) == [file]
 
 
+def test_a_fault_says_what_to_do(copied):
+    path = copied / "training_metrics.json"
+    content = json.loads(path.read_text())
+    content["stages"][0]["final_loss"] = 1e6
+    path.write_text(json.dumps(content))
+    (fault,) = gates.check_folder(copied)[path.name]
+    assert fault.startswith("the loss of stage lora must end below ")
+    assert "where it began, found 1000000.0; train longer" in fault
+    path.write_text("{")
+    (fault,) = gates.check_folder(copied)[path.name]
+    assert fault.startswith("must be whole")
+    assert fault.endswith("; the same command without --check makes it anew")
+
+
 def test_what_a_gate_cannot_know_is_found_by_the_report(copied):
     path = copied / "training_metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1234.0}))
@@ -156,7 +170,7 @@ def test_texts_have_no_number_that_the_report_has_not(copied):
         text = (copied / file).read_text()
         (copied / file).write_text("It is 77.25 times better. " + text)
         (fault,) = gates.check_folder(copied)[file]
-        assert fault == "every number must occur in FINAL_REPORT.json, found [77.25]"
+        assert fault.startswith("every number must occur in FINAL_REPORT.json, found [77.25]; ")
         (copied / file).write_text(text)
     draft = copied / "CONTENT_DRAFT.md"
     draft.write_text(draft.read_text().replace("# ", "word " * 200))
