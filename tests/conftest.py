@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Of several processes beside each other each keeps to one core: threads that wait for a core that another process
+    # has would spin, and all be slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
