@@ -91,6 +91,11 @@ def read_page_once(image: Picture, folder: PathLike) -> list[Word]:
         ) from e
 
 
+def check_reader() -> None:
+    """Raise a ValueError where pages cannot be read, because an extra is not installed."""
+    _reader()
+
+
 @functools.cache
 def _reader() -> Any:
     """The networks, loaded once."""

@@ -68,6 +68,8 @@ class PageScore:
     hallucinated: tuple[str, ...]  # of these, the ones that the page does not show
     substring_terms: tuple[int, int]  # found in the answer by the reference's rule, of how many
     substring_values: tuple[int, int]
+    # Words of the running text: in both, in the answer's, in the page's; all 0 where the page has none.
+    text_words: tuple[int, int, int]
     coherence: Coherence
     read_as: str  # as `Fields.read_as`
 
@@ -100,6 +102,7 @@ def score_page(
         hallucinated=tuple(str(number) for number in numbers if number not in shown),
         substring_terms=(sum(holds_substring(plain, term) for term in terms), len(terms)),
         substring_values=(sum(holds_substring(plain, amount) for amount in amounts), len(amounts)),
+        text_words=_count_words(gold.text, stated.text),
         coherence=measure_coherence(answer, f"{page}\n{gold.kind}", vocabulary),
         read_as=stated.read_as,
     )
@@ -126,6 +129,14 @@ def count_fields(gold: Fields, answer: Fields) -> dict[str, Counts]:
             abbreviations=abbreviations,
         )
     return counts
+
+
+def _count_words(gold: str, answer: str) -> tuple[int, int, int]:
+    """(words in both, of the answer, of the page), each word as often as it comes; their order does not count."""
+    if not gold:
+        return 0, 0, 0
+    ours, theirs = (Counter(plain_words(text).split()) for text in (gold, answer))
+    return (ours & theirs).total(), theirs.total(), ours.total()
 
 
 def holds_substring(text: str, term: str) -> bool:
@@ -155,8 +166,8 @@ def score_results(
     """Result rows of a run, with 95 % intervals by bootstrap of whole documents (none with one document).
 
     Rows: precision, recall and f1 of each kind and of "all"; hallucinated_value_rate (of the numbers stated),
-    omission_rate (of the fields on the page), abbreviation_share (of the right fields), coherence with its
-    parts, and the reference_substring accuracies. The row's n is the number of documents that the value rests
+    omission_rate (of the fields on the page), abbreviation_share (of the right fields), text_word_f1 (of the words
+    of running text), coherence with its parts, and the reference_substring accuracies. The row's n is the number of documents that the value rests
     on; without any it is nan. A handful of documents decides nothing: look at the interval.
 
     Raises:
@@ -263,6 +274,8 @@ def _page_rates(score: PageScore) -> dict[tuple[str, str], tuple[float, float]]:
     rates["hallucinated_value_rate", ""] = len(score.hallucinated), score.numbers
     rates["omission_rate", ""] = total.omitted, total.right + total.missed
     rates["abbreviation_share", ""] = total.abbreviations, total.right
+    common, stated, printed = score.text_words
+    rates["text_word_f1", ""] = 2 * common, stated + printed
     coherence = score.coherence
     for part in ("value", "empty", "repeated", "unknown"):
         rates["coherence", "" if part == "value" else part] = float(getattr(coherence, part)), 1

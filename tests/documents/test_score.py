@@ -151,6 +151,27 @@ def test_numbers_that_no_page_shows_are_hallucinated(answer, page, numbers, hall
     assert (score.numbers, score.hallucinated) == (numbers, hallucinated)
 
 
+def test_running_text_is_scored_by_its_words():
+    gold = Fields(text="No mass. The lungs are clear.")
+    cases = {
+        "no mass; the lungs are clear": 1,
+        "The lungs are clear. No mass.": 1,  # order does not count
+        "The lungs are clear.": 2 * 4 / (4 + 6),
+        "The the the the": 2 * 1 / (4 + 6),  # a word counts as often as it comes on the page
+        "": 0,
+    }
+    for answer, expected in cases.items():
+        rows = score_results([score_page("1", gold, answer)], split="test", gen=_seeded())
+        (row,) = [row for row in rows if row.what == "text_word_f1"]
+        assert row.value == pytest.approx(expected), answer
+        assert row.n == 1
+    # JSON has its text in a field; a page without text counts for nothing.
+    answer = '{"text": "No mass. The lungs are clear."}'
+    assert score_page("1", gold, answer).text_words == (6, 6, 6)
+    assert score_page("1", PAGE, ANSWERS[0]).text_words == (3, 3, 3)
+    assert score_page("1", Fields(labs=PAGE.labs), "Many words of no use.").text_words == (0, 0, 0)
+
+
 def test_coherence_is_low_for_nothing_for_loops_and_for_no_words():
     page = "Metformin 500 mg twice daily. The patient is stable."
     good = measure_coherence("The patient takes Metformin 500 mg twice daily.", page, {"takes"})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medvl.documents.page_words import add_page_words
+from medvl.documents.read_page import check_reader
 from medvl.documents.sources import build_data
 from medvl.language.conversations import Conversation, Reader, read_conversations
 from medvl.phantoms.pages import draw_fixed_pages
@@ -23,8 +24,10 @@ def prepare(cfg: Any, log: Log) -> Reader:
     """Put the data in place: pages are drawn, public data sets fetched; what is there already is kept.
 
     Raises:
-        ValueError: as `sources.build_data` and `tune.run.prepare`.
+        ValueError: as `sources.build_data` and `tune.run.prepare`; pages that are to be read by OCR cannot be.
     """
+    if cfg.evaluate.rules:
+        check_reader()  # needed after training only, but then it would be too late to say so
     if cfg.data.source == "public":
         build_data(cfg.data.fetched, log)
     return run.prepare(cfg, log)

@@ -1,6 +1,7 @@
 """document: drawn pages, a small model, answers scored by their fields, at toy size."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from PIL import Image
 
 from medvl.base import config
 from medvl.commands import data
+from medvl.documents import read_page
 from medvl.documents.fields import fields_to_json
 from medvl.evaluation import results
 from medvl.language.conversations import Conversation
 from medvl.phantoms.page_records import KINDS
 from medvl.phantoms.pages import PageConfig, draw_page, standard_pages
-from medvl.systems import card, run
+from medvl.systems import card, document, run
 from medvl.systems.document import SYSTEM, ask, score
 from medvl.systems.system import Question
 from medvl.systems.tune import run as tune_run
@@ -109,11 +111,25 @@ def test_pages_read_by_rules_are_scored_beside_the_model(tmp_path, monkeypatch):
         printed[page.image.tobytes()] = [*page.texts]
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(score, "read_page_once", lambda image, _: printed[np.asarray(image).tobytes()])
+    monkeypatch.setattr(document, "check_reader", lambda: None)
     found = {(row.what, row.subject): row for row in run.run(str(path), log=lambda _: None)}
     assert found["f1", "all, OCR and rules"].n == 4
     assert found["f1", "all, OCR and rules"].value > 0.95
     assert found["f1", "all, constant answer"].value < 0.5
     assert found["hallucinated_value_rate", "OCR and rules"].value < 0.05
+
+
+def test_a_missing_reader_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
+    raw = record(tmp_path)
+    raw["evaluate"] |= {"rules": 1}
+    path = tmp_path / "toy.json"
+    path.write_text(json.dumps(raw))
+    cfg, _ = run.resolve(str(path))
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    read_page._reader.cache_clear()
+    with pytest.raises(ValueError, match=r"needs rapidocr and onnxruntime; pip install 'medvl\[ocr\]'"):
+        SYSTEM.prepare(cfg, lambda _: None)
+    assert not (tmp_path / "data").exists()
 
 
 def test_all_variants_are_timed_on_the_five_standard_pages(tmp_path):
