@@ -216,18 +216,20 @@ def quantize(c, exp, set_=None, method="awq", variant="base", samples="128", gro
     help={
         "run": "run folder of a system that trains an adapter on a language model",
         "out": "the folder to make",
-        "as_": "merged (transformers opens it) or peft (peft and vLLM open it)",
-        "base": "merged: seen = onto the weights that the adapter was trained on, full = onto the model as it came",
+        "as_": "merged (transformers opens it), int4 (merged, in four bits) or peft (peft and vLLM open it)",
+        "base": "merged and int4: seen = onto the weights that the adapter was trained on, full = onto the model as it came",
         "quantize": "merged: nf4 or fp4 rounds the merged model to four bits again",
-        "bound": "merged: refuse to lose more than this share of what the adapter learned",
+        "group": "int4: values that share a scale: 32, 64, 128, or -1 for a whole row",
+        "bound": "merged and int4: refuse to lose more than this share of what the adapter learned",
     },
 )
-def export(c, run, out, as_="merged", base="seen", quantize="none", bound="0.05"):
+def export(c, run, out, as_="merged", base="seen", quantize="none", group="128", bound="0.05"):
     """Write a trained run as a folder for other programs, with a model card; merged models are compared with the run."""
     _needs(run=run, out=out)
     from medvl.systems import export
 
-    _call(export.export_run, run, out, as_, base=base, quantize=quantize, bound=_number("bound", bound, 0, 1))
+    size, share = _whole("group", group, -1, 2**20), _number("bound", bound, 0, 1)
+    _call(export.export_run, run, out, as_, base=base, quantize=quantize, group=size, bound=share)
 
 
 @task(

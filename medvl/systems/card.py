@@ -29,7 +29,7 @@ def model_card(model: LanguageModel, folder: Path, about: Mapping[str, Any]) -> 
         base["revision"] = _revision(name)
         base["licence"] = _licence(name)
     data = _data_facts(model.cfg)
-    front = ["---", "library_name: " + ("transformers" if about["kind"] == "merged" else "peft")]
+    front = ["---", "library_name: " + ("peft" if about["kind"] == "peft" else "transformers")]
     if name and not Path(name).exists():  # a folder of this machine means nothing elsewhere
         front.append(f"base_model: {name}")
     front += ["tags: [medical, research]", "---"]

@@ -14,11 +14,12 @@ from medvl.language import chat, compare
 from medvl.language.compare import Distance
 from medvl.language.system import LanguageModel
 from medvl.systems import card, run
+from medvl.systems.quantize import CALIBRATION, quantize_weights
 from medvl.systems.system import Log, System
-from medvl.weights import four_bit, lazy, lora
+from medvl.weights import four_bit, int4, lazy, lora
 from medvl.weights.lora import Adapter
 
-KINDS = ("merged", "peft")
+KINDS = ("merged", "int4", "peft")
 BASES = ("seen", "full")
 FOUR_BIT = {kind: four_bit.QuantConfig(kind=kind) for kind in ("nf4", "fp4")}
 BOUND = 0.05  # of what the adapter learned, that merging may lose
@@ -31,11 +32,13 @@ def export_run(
     *,
     base: str = "seen",
     quantize: str = "none",
+    group: int = 128,
     bound: float = BOUND,
     log: Log = print,
 ) -> Path:
-    """Write a run of a language system with an adapter as a folder for transformers ("merged") or for peft and vLLM
-    ("peft"), with a model card; returns the folder, which is there whole or not at all.
+    """Write a run of a language system with an adapter as a folder for transformers ("merged", or "int4" in four bits
+    as `invoke quantize` makes them) or for peft and vLLM ("peft"), with a model card; returns the folder, which is there
+    whole or not at all.
 
     A merged model is compared with the run on the conversations of its bench: logits of all answer tokens.
 
@@ -43,6 +46,7 @@ def export_run(
         base: "seen" merges into the weights that the adapter was trained on (4-bit ones written out), "full" into
             those of the model as it came.
         quantize: "nf4" or "fp4" rounds the merged model to 4 bits again.
+        group: of "int4", values that share a scale.
         bound: the share of what the adapter learned that may be lost, see `compare.Distance`.
     Raises:
         ValueError: no trained run, one without an adapter or with one that peft has no place for; a folder that is
@@ -55,6 +59,8 @@ def export_run(
     ):
         if value not in choices:
             raise ValueError(f"export: --{name} must be one of {', '.join(choices)}, got {value!r}")
+    if kind == "int4" and quantize != "none":
+        raise ValueError(f"export: --as int4 goes without --quantize, got {quantize!r}")
     folder = config.run_folder(run_path)
     system = run.find_system(config.system_of(folder))
     if system.variant is None or system.bench_questions is None:
@@ -70,19 +76,23 @@ def export_run(
     adapter = evolve(model.adapter, factors=params["lora"])
     about: dict[str, Any] = {"run": folder.name, "kind": kind}
     merged: Tree = {}
-    if kind == "merged":
-        merged, distance = merge(system, model, params, adapter, folder, base=base, quantize=quantize)
+    if kind != "peft":
+        method = "awq" if kind == "int4" else quantize
+        rounding = int4.Int4Config(group=group)
+        merged, quantize, distance = merge(
+            system, model, params, adapter, folder, base=base, quantize=method, rounding=rounding
+        )
         words = _in_words(base, quantize)
         if not distance.lost <= bound:
             raise ValueError(
                 f"export: merged onto {words}, the model loses {distance.lost:.1%} of what its adapter learned (largest "
                 f"difference of two logits {distance.largest:.3g}, over {distance.n} tokens), more than the bound of "
-                f"{bound:.1%}; --as peft loses nothing, and --base seen without --quantize the least"
+                f"{bound:.1%}; --as peft loses nothing, and --as merged with --base seen and no --quantize the least"
             )
         log(f"merged onto {words}: {distance.lost:.2%} of what the adapter learned is lost")
         about |= {"base": base, "quantize": quantize, "distance": asdict(distance)}
     with new_folder(out) as tmp:
-        if kind == "merged":
+        if kind != "peft":
             chat.save_chat(model.chat, merged, tmp)
         else:
             write_adapter(adapter, tmp, base=_base_name(model, folder))
@@ -102,11 +112,13 @@ def merge(
     *,
     base: str = "seen",
     quantize: str = "none",
-) -> tuple[Tree, Distance]:
-    """The weights of a run with its adapter added in, and how far they are from the run.
+    rounding: int4.Int4Config = int4.Int4Config(),
+) -> tuple[Tree, str, Distance]:
+    """The weights of a run with its adapter added in, how they were quantised, and how far they are from the run.
 
     Args:
-        base, quantize: as of `export_run`.
+        base, quantize: as of `export_run`; also "awq" or "round", which become "nf4" where they cannot be.
+        rounding: of "awq" and "round".
     """
     assert system.variant is not None
     assert system.bench_questions is not None
@@ -116,14 +128,19 @@ def merge(
     merged: Tree = lora.merge_adapter(weights, adapter, dtype=model.chat.dtype).params
     # What four bits left out of the adapter's layers, as the file will hold it.
     merged = {name: lazy.dense(weight).to(model.chat.dtype) for name, weight in merged.items()}
-    if quantize != "none":
-        merged = four_bit.quantize(merged, FOUR_BIT[quantize])
     plain = evolve(model, adapter=None)
+    if quantize in FOUR_BIT:
+        merged = four_bit.quantize(merged, FOUR_BIT[quantize])
+    elif quantize != "none":
+        assert system.calibration is not None
+        conversations = system.calibration(model.cfg)[:CALIBRATION]
+        calibration = chat.encode_conversations(model.chat, conversations)
+        merged, quantize, _ = quantize_weights(plain, merged, calibration, quantize, rounding)
     data = chat.encode_conversations(model.chat, system.bench_questions(model.cfg))
     distance = compare.compare(
         data, form=(plain, {"model": merged}), original=(model, params), without=(plain, params)
     )
-    return merged, distance
+    return merged, quantize, distance
 
 
 def _base_name(model: LanguageModel, folder: Path) -> str:
@@ -133,4 +150,4 @@ def _base_name(model: LanguageModel, folder: Path) -> str:
 
 def _in_words(base: str, quantize: str) -> str:
     onto = {"seen": "the weights that it was trained on", "full": "those of the model as it came"}[base]
-    return onto + (f", rounded to {quantize} again" if quantize != "none" else "")
+    return onto + (f", in four bits by {quantize}" if quantize != "none" else "")

@@ -21,6 +21,7 @@ from medvl.weights import four_bit, int4
 
 _log = logging.getLogger("medvl")
 METHODS = ("awq", "round", "nf4")
+CALIBRATION = 128  # training conversations for "awq"
 
 
 def quantize(
@@ -29,7 +30,7 @@ def quantize(
     method: str = "awq",
     *,
     variant: str = "base",
-    samples: int = 128,
+    samples: int = CALIBRATION,
     group: int = 128,
     log: Log = print,
 ) -> Path:
@@ -61,9 +62,7 @@ def quantize(
     if method == "awq":
         system.prepare(cfg, log)
         data = chat.encode_conversations(model.chat, system.calibration(cfg)[:samples])
-    quantized, used, reason = _quantize(model, params["model"], data, method, rounding)
-    if reason:
-        _log.warning("quantize: not by %s, but by %s: %s", method, used, reason)
+    quantized, used, reason = quantize_weights(model, params["model"], data, method, rounding)
     chat.save_chat(model.chat, quantized, target)
     before = sum(weight.numel() * weight.element_size() for weight in params["model"].values())
     after = sum(measure.file_sizes(target).values())
@@ -84,10 +83,18 @@ def quantize(
     return target
 
 
-def _quantize(
-    model: LanguageModel, weights: Tree, data: Encoded | None, method: str, rounding: int4.Int4Config
+def quantize_weights(
+    model: LanguageModel,
+    weights: Tree,
+    data: Encoded | None,
+    method: str,
+    rounding: int4.Int4Config = int4.Int4Config(),
 ) -> tuple[dict[str, Any], str, str]:
-    """(the weights, the method that made them, why it is not the one that was asked for)."""
+    """(the weights in four bits, the method that made them, why it is not the one that was asked for).
+
+    Args:
+        data: calibration conversations, for "awq".
+    """
     try:
         if method == "awq":
             assert data is not None
@@ -97,4 +104,5 @@ def _quantize(
         reason = ""
     except (ValueError, torch.OutOfMemoryError) as e:
         reason = " ".join(str(e).split())
+        _log.warning("quantize: not by %s, but by nf4: %s", method, reason)
     return four_bit.quantize(weights), "nf4", reason

@@ -1,16 +1,19 @@
 """A trained run as a folder for other programs: opened by them it computes what the run does."""
 
 import json
+import math
 
 import pytest
 import torch
 from attrs import evolve
 
 from medvl.language import chat, compare, system
+from medvl.language.chat import ModelConfig
 from medvl.systems import export, run
 from medvl.systems.tune import SYSTEM
 from medvl.systems.tune import run as tune_run
 from medvl.weights import lora
+from medvl.weights.int4 import Int4
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +73,49 @@ def test_peft_opens_the_adapter_on_the_model(opened, tmp_path):
 def test_four_bits_lose_more_than_whole_weights_and_are_refused(opened, tmp_path):
     model, params, _, folder = opened
     adapter = evolve(model.adapter, factors=params["lora"])
-    _, whole = export.merge(SYSTEM, model, params, adapter, folder)
-    _, rounded = export.merge(SYSTEM, model, params, adapter, folder, quantize="nf4")
+    _, _, whole = export.merge(SYSTEM, model, params, adapter, folder)
+    _, _, rounded = export.merge(SYSTEM, model, params, adapter, folder, quantize="nf4")
     assert whole.lost < 1e-3
     assert rounded.lost > 0.05
     with pytest.raises(
-        ValueError, match=r"rounded to nf4 again, the model loses .* more than the bound of 5.0%"
+        ValueError, match=r"in four bits by nf4, the model loses .* more than the bound of 5.0%"
     ):
         export.export_run(str(folder), tmp_path / "nf4", "merged", quantize="nf4", log=quiet)
     assert not (tmp_path / "nf4").exists()
     assert not [*tmp_path.iterdir()]
+
+
+def test_int4_is_measured_against_the_run_and_refused_where_it_loses_more(opened, tmp_path):
+    model, params, _, folder = opened
+    with pytest.raises(ValueError, match=r"in four bits by awq, the model loses .* more than the bound of 5.0%"):
+        export.export_run(str(folder), tmp_path / "int4", "int4", group=-1, log=quiet)
+    assert not [*tmp_path.iterdir()]
+    target = export.export_run(str(folder), tmp_path / "int4", "int4", group=-1, bound=math.inf, log=quiet)
+    about = json.loads((target / "export.json").read_text())
+    assert about["quantize"] == "awq"
+    # The folder holds what was compared.
+    cfg = ModelConfig(name=str(target), dtype="float32")
+    opened_chat, weights = chat.open_chat(
+        cfg, model.cfg.chat, chat.tokenizer_of(cfg, folder), torch.Generator()
+    )
+    assert sum(isinstance(weight, Int4) for weight in weights.values()) > 4
+    plain = evolve(model, adapter=None)
+    questions = chat.encode_conversations(model.chat, SYSTEM.bench_questions(model.cfg))
+    found = compare.compare(
+        questions,
+        form=(evolve(plain, chat=opened_chat), {"model": weights}),
+        original=(model, params),
+        without=(plain, params),
+    )
+    assert found.lost == pytest.approx(about["distance"]["lost"], rel=1e-3)
+
+
+def test_a_model_that_int4_has_no_groups_for_becomes_nf4_and_says_so(opened, tmp_path, caplog):
+    _, _, _, folder = opened
+    target = export.export_run(str(folder), tmp_path / "int4", "int4", bound=math.inf, log=quiet)
+    assert json.loads((target / "export.json").read_text())["quantize"] == "nf4"
+    assert "quantize: not by awq, but by nf4: " in caplog.text
+    assert "groups of 128" in caplog.text
 
 
 def test_the_distance_is_that_of_the_logits(opened):
@@ -115,7 +151,8 @@ def test_what_cannot_be_exported_is_named(opened, tmp_path):
         with pytest.raises(ValueError, match=match):
             export.export_run(*args, log=quiet, **options)
 
-    fails("--as must be one of merged, peft, got 'gguf'", str(folder), tmp_path / "a", "gguf")
+    fails("--as must be one of merged, int4, peft, got 'gguf'", str(folder), tmp_path / "a", "gguf")
+    fails("--as int4 goes without", str(folder), tmp_path / "a", "int4", quantize="nf4")
     fails("--base must be one of seen, full, got 'old'", str(folder), tmp_path / "a", "merged", base="old")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").touch()
