@@ -172,12 +172,13 @@ def _ink(grey: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] | None:
     # Letters end before the box does; what runs through it is a rule between columns.
     ink[:, ink.mean(0) > 0.9] = False
     amounts = ink.sum(1)
-    if not amounts.any():
+    quarter = len(amounts) // 4
+    middle = amounts[quarter : len(amounts) - quarter]
+    if not middle.any():
         return None
     # From the fullest row of the middle half up to a gap: the rules of a table lie beyond it, the dot of an i
     # does not.
-    quarter = len(amounts) // 4
-    first = last = quarter + int(amounts[quarter : len(amounts) - quarter].argmax())
+    first = last = quarter + int(middle.argmax())
     gap = max(1, len(amounts) // 8)
     while amounts[max(0, first - gap) : first].any():
         first -= 1

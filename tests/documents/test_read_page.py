@@ -109,6 +109,8 @@ def test_boxes_end_with_the_ink_of_their_cell_and_not_with_the_rules_of_its_tabl
     assert module.tighten_boxes(np.full_like(grey, 240), cell) == cell
     outside = [module.Word("x", (200, 0, 240, 42))]
     assert module.tighten_boxes(grey, outside) == outside
+    rule_alone = [module.Word("-", (85, 0, 110, 42))]  # its ink is at the edges, none in the middle
+    assert module.tighten_boxes(grey, rule_alone) == rule_alone
 
 
 def test_a_page_is_read_once(tmp_path, monkeypatch):
