@@ -87,7 +87,9 @@ def test_four_bits_lose_more_than_whole_weights_and_are_refused(opened, tmp_path
 
 def test_int4_is_measured_against_the_run_and_refused_where_it_loses_more(opened, tmp_path):
     model, params, _, folder = opened
-    with pytest.raises(ValueError, match=r"in four bits by awq, the model loses .* more than the bound of 5.0%"):
+    with pytest.raises(
+        ValueError, match=r"in four bits by awq, the model loses .* more than the bound of 5.0%"
+    ):
         export.export_run(str(folder), tmp_path / "int4", "int4", group=-1, log=quiet)
     assert not [*tmp_path.iterdir()]
     target = export.export_run(str(folder), tmp_path / "int4", "int4", group=-1, bound=math.inf, log=quiet)
