@@ -1,15 +1,21 @@
 """What every bench shares: `measure`, a committed baseline that any machine finds, and failure when a bench needs more memory than there.
 
     pytest benches/                          time and memory
-    pytest benches/ --benchmark-compare      against benches/baseline/{cpu,cuda}; exit code 1 where the peak memory grew
-    pytest benches/ --save-baseline          make that baseline (again)
+    pytest benches/ --benchmark-compare      against benches/baseline/{cpu,cuda}; exit code 1 where the peak memory grew, or the
+                                             time beside a peer
+    pytest benches/ --save-baseline          make that baseline again, from all benches
+    pytest benches/bench_NAME.py --add-to-baseline    put the rows of some benches into it, and keep the others
 
-Latency is compared for reading, and fails only where --benchmark-compare-fail says so: it belongs to a machine, memory to the code.
+Seconds belong to a machine, so they are compared for reading, and fail only where --benchmark-compare-fail says so. Seconds
+divided by those of another program at the same task, measured in turns, belong to the code, as memory does.
 """
 
 import gc
 import json
+import math
 import os
+import statistics
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +39,8 @@ FOLDER = (
 )  # a file here, not in a folder named after a machine, is found by every machine
 BASELINE = FOLDER / "0001_baseline.json"
 GROWTH, SLACK_MIB = 1.10, 0.5  # what a peak may grow: 10 % and half a MiB
+SLOWER = 1.15  # what the time beside a peer may grow
+TURNS = (12, 60)  # of a bench and its peer: at least and, where they are short, at most
 THREADS = 2  # while memory is measured: kernels allocate scratch for each thread
 
 _then: pytest.StashKey[dict[str, dict]] = pytest.StashKey()
@@ -41,13 +49,17 @@ _notes: pytest.StashKey[list[str]] = pytest.StashKey()
 
 @pytest.fixture
 def measure(benchmark, request):
-    """measure(fn, *args, rounds=20, **shape): calls fn(*args), returns what it returned.
+    """measure(fn, *args, rounds=20, peer=None, **shape): calls fn(*args), returns what it returned.
 
     Latency comes from pytest-benchmark; extra_info gets device, shape and `peak_mib`, see `peak_memory`. Under --benchmark-compare the
     bench fails if that peak is above the baseline's by more than 10 % and 0.5 MiB, or if the baseline was measured with another shape.
+    With a `peer`, a call of another program that does the same, extra_info gets `time_of_peer`, see `time_beside`; the bench fails if
+    it is above the baseline's by more than 15 % three times in a row.
     """
 
-    def run(fn: Callable, *args: Any, rounds: int = 20, **shape: Any) -> Any:
+    def run(
+        fn: Callable, *args: Any, rounds: int = 20, peer: Callable[[], Any] | None = None, **shape: Any
+    ) -> Any:
         if not benchmark.enabled:
             return benchmark.pedantic(fn, args, rounds=1)
         wait = torch.cuda.synchronize if KIND == "cuda" else lambda: None
@@ -61,6 +73,12 @@ def measure(benchmark, request):
             "peak_mib": round(peak, 3),
             "shape": json.loads(json.dumps(shape)),
         }  # as the baseline reads it
+        if peer is not None:
+            limit = slowest(request.config, benchmark.fullname)
+            for _ in range(3):  # noise seldom comes three times
+                now["time_of_peer"] = round(time_beside(lambda: fn(*args), peer), 3)
+                if now["time_of_peer"] <= limit:
+                    break
         benchmark.extra_info |= now
         if wrong := regression(request.config, benchmark.fullname, now):
             pytest.fail(wrong, pytrace=False)
@@ -99,6 +117,55 @@ def peak_memory(call: Callable[[], Any]) -> tuple[Any, float]:
     return out, (python + _high_water(trace)) / 2**20
 
 
+def time_beside(ours: Callable[[], Any], peer: Callable[[], Any]) -> float:
+    """The seconds of a call divided by those of another, on one thread: the median of turns of ours, peer, peer, ours.
+
+    On Linux the time in which other programs have the processor does not count, while that of sleeping and of waiting for files does.
+    """
+    threads = torch.get_num_threads()
+    if KIND == "cpu":
+        torch.set_num_threads(1)
+    gc.collect()
+    gc.disable()
+    ratios, total = list[float](), 0.0
+    try:
+        ours(), peer()  # warm
+        while len(ratios) < TURNS[0] or (len(ratios) < TURNS[1] and total < 1):
+            own, others = _seconds(ours), _seconds(peer)
+            others += _seconds(peer)  # so that what grows or shrinks over a turn meets both alike
+            own += _seconds(ours)
+            ratios.append(own / others)
+            total += own + others
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
+    return statistics.median(ratios)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    # The clock is read outside of what is taken off: a wait between the two readings must not make a call shorter.
+    start = time.perf_counter()
+    waited = _waited()
+    call()
+    if KIND == "cuda":
+        torch.cuda.synchronize()
+    waited = _waited() - waited
+    return time.perf_counter() - start - waited
+
+
+def _waited() -> float:
+    """Seconds that this thread was ready to run while the processor ran others; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
+
+
+def slowest(config: pytest.Config, name: str) -> float:
+    """What the time beside a peer may be by the baseline; infinite where nothing is compared."""
+    return config.stash[_then].get(name, {}).get("time_of_peer", math.inf) * SLOWER
+
+
 def regression(config: pytest.Config, name: str, now: dict) -> str:
     """What is worse than in the baseline, or ""."""
     if not config.option.benchmark_compare or not config.stash[_then]:
@@ -109,11 +176,24 @@ def regression(config: pytest.Config, name: str, now: dict) -> str:
         return ""
     if then["shape"] != now["shape"]:
         return f"{name}: measured with shape {now['shape']}, in the baseline with {then['shape']}; make it again with --save-baseline"
+    wrong = []
     limit = then["peak_mib"] * GROWTH + SLACK_MIB
-    if now["peak_mib"] <= limit:
-        config.stash[_notes].append(f"{name}: {now['peak_mib']:.2f} MiB, baseline {then['peak_mib']:.2f}")
-        return ""
-    return f"{name}: peak memory {now['peak_mib']:.2f} MiB must be at most {limit:.2f}; the baseline has {then['peak_mib']:.2f}"
+    if now["peak_mib"] > limit:
+        wrong.append(
+            f"peak memory {now['peak_mib']:.2f} MiB must be at most {limit:.2f}; the baseline has {then['peak_mib']:.2f}"
+        )
+    if now.get("time_of_peer", 0) > slowest(config, name):
+        wrong.append(
+            f"time {now['time_of_peer']:.3f} of its peer's must be at most {slowest(config, name):.3f}; the baseline has "
+            f"{then['time_of_peer']:.3f}"
+        )
+    if wrong:
+        return f"{name}: " + "; ".join(wrong)
+    note = f"{name}: {now['peak_mib']:.2f} MiB, baseline {then['peak_mib']:.2f}"
+    if "time_of_peer" in now and "time_of_peer" in then:
+        note += f"; time {now['time_of_peer']:.3f} of its peer's, baseline {then['time_of_peer']:.3f}"
+    config.stash[_notes].append(note)
+    return ""
 
 
 def _high_water(trace: profile) -> int:
@@ -135,6 +215,11 @@ def pytest_addoption(parser):
         action="store_true",
         help=f"write {BASELINE.relative_to(BASELINE.parents[3])} from this run",
     )
+    parser.addoption(
+        "--add-to-baseline",
+        action="store_true",
+        help="put the rows of this run into the baseline, beside those of benches that do not run",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads these options
@@ -142,7 +227,7 @@ def pytest_configure(config):
     config.stash[_then], config.stash[_notes] = {}, []
     if config.option.benchmark_storage == "file://./.benchmarks":
         config.option.benchmark_storage = f"file://{FOLDER}"
-    if config.option.save_baseline:
+    if config.option.save_baseline or config.option.add_to_baseline:
         BASELINE.parent.mkdir(parents=True, exist_ok=True)
         config.option.benchmark_json = BASELINE
 
@@ -177,10 +262,21 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 def pytest_benchmark_update_json(config, output_json):
     for bench in output_json["benchmarks"]:
         bench["stats"].pop("data", None)  # every single time: the quartiles say enough
+    if config.option.add_to_baseline and BASELINE.exists() and BASELINE.stat().st_size:
+        _keep_other_rows(output_json, json.loads(BASELINE.read_text()))
     if config.option.save_baseline and BASELINE.exists():
         before = {b["fullname"] for b in json.loads(BASELINE.read_text())["benchmarks"]}
         gone = before - {b["fullname"] for b in output_json["benchmarks"]}
         config.stash[_notes] += [f"{name}: did not run, no longer in the baseline" for name in sorted(gone)]
+
+
+def _keep_other_rows(output_json, before):
+    """The file of before with the new rows in it, each of which says where it was measured."""
+    for bench in output_json["benchmarks"]:
+        bench["extra_info"]["environment"] = output_json["machine_info"]
+    new = {bench["fullname"] for bench in output_json["benchmarks"]}
+    kept = [bench for bench in before["benchmarks"] if bench["fullname"] not in new]
+    output_json |= before | {"benchmarks": kept + output_json["benchmarks"]}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -150,3 +150,54 @@ def test_a_slower_bench_fails_without_a_traceback(run, tmp_path):
     assert "20.00 MiB, baseline 20.00" in text
     assert "Traceback" not in text
     assert "INTERNALERROR" not in text
+
+
+BESIDE = """
+import os
+import time
+
+def work(loops):
+    for _ in range(loops * 1000):
+        pass
+
+def bench_beside(measure):
+    slept = float(os.environ.get("SLEEP", 0))
+    measure(lambda: (work(int(os.environ["LOOPS"])), time.sleep(slept)), rounds=1, peer=lambda: work(200))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Can't compare")
+def test_more_time_beside_a_peer_than_the_baseline_fails(run, tmp_path, monkeypatch):
+    (tmp_path / "benches" / "bench_one.py").write_text(BESIDE)
+    monkeypatch.setenv("LOOPS", "200")
+    assert run("--save-baseline", mib=0)[0] == 0
+    (saved,) = (tmp_path / "benches" / "baseline").rglob("*.json")
+    held = json.loads(saved.read_text())
+    found = held["benchmarks"][0]["extra_info"]["time_of_peer"]
+    assert 0.7 < found < 1.4
+    held["benchmarks"][0]["extra_info"]["time_of_peer"] = 1.0  # not as this machine happened to be
+    saved.write_text(json.dumps(held))
+    code, text = run("--benchmark-compare", mib=0)
+    assert code == 0, text
+    assert "of its peer's, baseline 1.000" in text
+    monkeypatch.setenv("LOOPS", "300")
+    code, text = run("--benchmark-compare", mib=0)
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "of its peer's must be at most 1.150; the baseline has 1.000" in text
+    monkeypatch.setenv("LOOPS", "200")
+    monkeypatch.setenv("SLEEP", "0.01")  # waiting counts, too
+    assert run("--benchmark-compare", mib=0)[0] == pytest.ExitCode.TESTS_FAILED
+
+
+def test_rows_are_added_to_the_baseline_and_the_others_kept(run, tmp_path):
+    run("--save-baseline", mib=20)
+    (saved,) = (tmp_path / "benches" / "baseline").rglob("*.json")
+    before = json.loads(saved.read_text())
+    (tmp_path / "benches" / "bench_two.py").write_text(BENCH.replace("bench_one", "bench_two"))
+    code, text = run("--add-to-baseline", "-k", "bench_two", mib=30)
+    assert code == 0, text
+    after = json.loads(saved.read_text())
+    assert after["machine_info"] == before["machine_info"]
+    assert after["benchmarks"][0] == before["benchmarks"][0]
+    assert [row["extra_info"]["peak_mib"] for row in after["benchmarks"]] == [20.0, 30.0]
+    assert after["benchmarks"][1]["extra_info"]["environment"]["torch"] == torch.__version__

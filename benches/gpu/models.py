@@ -54,6 +54,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_swiglu_ffn": True,
     },
     "Qwen/Qwen3-4B-Instruct-2507": QWEN3_4B,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "rope_theta": 100000.0,
+    },
     "Qwen/Qwen2.5-VL-7B-Instruct": {
         "model_type": "qwen2_5_vl",
         "text_config": QWEN25_7B | {"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE},

@@ -17,15 +17,15 @@ from torch import Generator, Tensor
 from medvl.base import processes
 from medvl.base.display import track
 from medvl.base.progress import run_batches
-from medvl.base.tree import Tree
+from medvl.base.tree import Tree, flatten, unflatten
 from medvl.evaluation.choices import Options
 from medvl.hub import skeletons
-from medvl.language import chat, encoding, vlm
+from medvl.language import cached_forward, chat, encoding, vlm
 from medvl.language.chat import Chat, Dialogue, Encoded, ModelConfig
 from medvl.language.sampling import Sampling
 from medvl.training import estimate, gradients, order, stages
 from medvl.training.record import Stage, TrainConfig, stage_training
-from medvl.weights import lora, shards
+from medvl.weights import lazy, lora, shards
 
 _TOKENISED = 1000  # conversations for an estimate of memory
 _UNFINISHED = ".unfinished.jsonl"  # end of the name of answers that are kept until all are there
@@ -459,6 +459,41 @@ def estimate_steps(
             train, stage, params, loss, cut, batch, seed=seed, processes=number_of_processes
         )
     return steps
+
+
+def estimate_answers(
+    model: LanguageModel, params: Params, prompts: Encoded, rows: Sequence[int], new_tokens: int
+) -> dict[str, int]:
+    """Bytes by part at the peak of a batch of answers, on tensors without storage: weights and adapter, and what the
+    prompt and one token behind it take, with the cache for all of them. Kernels' scratch memory is not seen.
+
+    Args:
+        params: on any device; nothing is computed with them.
+    """
+    meta: Params = {}
+    for part, weights in params.items():
+        meta[part] = unflatten(lazy.move_params(flatten(weights), "meta"))
+    if model.adapter is not None:
+        model = evolve(model, adapter=evolve(model.adapter, factors=meta["lora"]))
+    batch = chat.make_batch(model.chat, prompts, rows, side="left")
+
+    def answer() -> None:
+        with torch.no_grad():
+            weights = model_weights(model, meta)
+            inputs = chat.model_inputs(model.chat, weights, batch, meta)
+            inputs.pop("labels", None)
+            call = vlm.model_inputs(model.chat.skeleton, inputs, torch.device("meta"))
+            model.chat.skeleton.run(weights, partial(_write_two, call, new_tokens))
+
+    peak = estimate.peak_of(answer, {"weights": meta["model"], "adapter": meta.get("lora", {})})
+    return {part.replace(" and gradients", "_and_cache"): size for part, size in peak.items()}
+
+
+def _write_two(call: Mapping[str, Any], new_tokens: int, module: torch.nn.Module) -> None:
+    """The first token, and a second one, whose step has the cache with all its room."""
+    decoding = cached_forward.start_decoding(module, call, new_tokens - 1)
+    if new_tokens > 1:
+        cached_forward.decode_tokens(module, decoding, decoding.logits.argmax(-1))
 
 
 def _longest(conversations: Sequence[Dialogue]) -> Sequence[Dialogue]:

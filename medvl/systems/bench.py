@@ -85,11 +85,15 @@ def measure_variant(
     timings = [measure.time_answers(model, params, prompts, [row], new_tokens) for row in rows]
     peak = measure.memory_peak(device)
     together = None
+    # The same prompts again until the batch is full.
+    full = [row % len(rows) for row in range(batch)]
     if batch:
-        # The same prompts again until the batch is full.
-        full = [row % len(rows) for row in range(batch)]
         together = measure.time_answers(model, params, prompts, full, new_tokens)
-    peak_of_batch = measure.memory_peak(device)
+    memory = {"pre": before, "post": loaded, "peak": peak, "peak_of_batch": measure.memory_peak(device)}
+    longest = max(rows, key=lambda row: len(prompts.samples[row].ids))
+    for name, asked in (("estimated", [longest]), ("estimated_of_batch", full)):
+        if asked:
+            memory[name] = system.estimate_answers(model, params, prompts, asked, new_tokens)
 
     notes = [
         "research use only, not for diagnosis",
@@ -107,7 +111,7 @@ def measure_variant(
         "model": _describe(cfg, model, params),
         "data": {"hash": digest_prompts(prompts), "n": len(rows)},
         "load": {"cold_s": cold, "warm_s": warm},
-        "memory": {"pre": before, "post": loaded, "peak": peak, "peak_of_batch": peak_of_batch},
+        "memory": memory,
         "warm_up": [timing.latency_s for timing in warm_up],
         "new_tokens": new_tokens,
         "samples": [_sample(timing, questions) for timing in timings],

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from medvl.base.tree import flatten
 from medvl.evaluation import results
 from medvl.language import chat, measure, system
 from medvl.language.measure import Timing
 from medvl.systems import bench, run
+from medvl.systems.tune import SYSTEM
 from medvl.systems.tune import run as tune_run
+from medvl.weights import lazy
 from tests.systems.tune.test_run import record
 
 
@@ -43,6 +46,30 @@ def test_a_bench_says_what_each_variant_costs(trained):
     assert "FourBit" in nf4["model"]["weights"]
     assert "FourBit" not in base["model"]["weights"]
     assert {*adapted["disk_bytes"]} == {"model", "adapter"}
+    assert nf4["memory"]["estimated"]["weights"] < base["memory"]["estimated"]["weights"]
+    assert sum(base["memory"]["estimated"].values()) < sum(base["memory"]["estimated_of_batch"].values())
+
+
+@pytest.mark.parametrize("variant", ["base", "nf4", "lora"])
+def test_the_estimate_is_what_answers_take(trained, variant):
+    cfg, folder = run.resolve(str(trained))
+    model, params = SYSTEM.variant(cfg, folder, variant).open()
+    prompts = chat.encode_conversations(model.chat, tune_run.read_split(cfg, "test")[:3], prompt=True)
+    found = system.estimate_answers(model, params, prompts, [0, 1, 2], 6)
+    assert found["weights"] == lazy.nbytes(params["model"])
+    assert found.get("adapter", 0) == lazy.nbytes(flatten(params.get("lora", {})))
+    weights = system.model_weights(model, params)
+    batch = chat.make_batch(model.chat, prompts, [0, 1, 2], side="left")
+    sampling = measure.Sampling(max_tokens=6, min_tokens=6)
+    with torch.profiler.profile(profile_memory=True) as trace:
+        chat.generate_answers(model.chat, weights, batch, sampling)
+    # The batch, and what torch allocated and freed beside it; the toy is small, so that odds and ends count.
+    held = most = sum(tensor.nbytes for tensor in batch.values())
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert 0.8 < found["activations_and_cache"] / most < 1.25
 
 
 def test_the_adapter_is_in_the_answers_that_are_timed(trained):
