@@ -543,7 +543,8 @@ def make_micro_batch(
 
 def micro_batch(chat: Chat, batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
     """The rows of a batch with their items, without columns that are padding in all of them."""
-    part = {name: batch[name][rows] for name in ("ids", "mask", "labels", "visual", "images")}
+    names = [name for name in ("ids", "mask", "labels", "visual", "images", "segments") if name in batch]
+    part = {name: batch[name][rows] for name in names}
     # The longest row of the whole batch set the length; a micro-batch of shorter ones would compute its
     # padding.
     used = part["mask"].any(0).nonzero()

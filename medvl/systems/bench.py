@@ -74,6 +74,7 @@ def measure_variant(
     loaded = measure.memory_now(device)
     del model, params
     measure.free_memory()
+    unloaded = measure.memory_now(device)  # with the libraries that loading imports
     (model, params), warm = measure.timed(variant.open)
 
     prompts = chat.encode_conversations(model.chat, questions, prompt=True)
@@ -89,7 +90,13 @@ def measure_variant(
     full = [row % len(rows) for row in range(batch)]
     if batch:
         together = measure.time_answers(model, params, prompts, full, new_tokens)
-    memory = {"pre": before, "post": loaded, "peak": peak, "peak_of_batch": measure.memory_peak(device)}
+    memory = {
+        "pre": before,
+        "post": loaded,
+        "unloaded": unloaded,
+        "peak": peak,
+        "peak_of_batch": measure.memory_peak(device),
+    }
     longest = max(rows, key=lambda row: len(prompts.samples[row].ids))
     for name, asked in (("estimated", [longest]), ("estimated_of_batch", full)):
         if asked:

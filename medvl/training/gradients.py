@@ -1,6 +1,7 @@
 """Gradients: the one binding in which they are taken, and large batches computed from small chunks,
 exactly."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ Batch = dict[str, Tensor]
 Loss = Callable[[Tree, Any], tuple[Tensor, "Aux"]]
 Grad = Callable[[Tree, Any], tuple[Tensor, "Aux", Tree]]
 LossSum = Callable[[Tree, Any], tuple[Tensor, Tensor | int, "Aux"]]
+_log = logging.getLogger(__name__)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -167,6 +169,8 @@ def token_value_and_grad(
         cut: (batch, span of rows) -> micro-batch; needed where a tensor's first axis is not the batch,
             such as an image's patches.
         rows: batch -> its number of rows; the length of "ids", else of its first tensor, if left out.
+    A micro-batch that does not fit the GPU's memory is computed as two of half its rows, and so are those behind it;
+    it warns once.
     16-bit gradients of several micro-batches are added up in float32. Where parameters are sharded, every
     process needs the same number of micro-batches, since each of them gathers weights.
     Raises:
@@ -185,15 +189,41 @@ def token_value_and_grad(
 
     grad = value_and_grad(counted_loss, precision=precision, reduce=False)
     count_rows = rows or _count_rows
+    fitting, warned = chunk, False  # rows that fit the GPU's memory, as far as is known
+
+    def fitting_grad(params: Tree, piece: Any) -> tuple[Tensor, Aux, Tree]:
+        """The gradient of a micro-batch; of two halves of it where it does not fit the GPU's memory."""
+        nonlocal fitting, warned
+        n = count_rows(piece)
+        try:
+            return grad(params, piece)
+        except torch.OutOfMemoryError:
+            # Over shards all processes need the same number of micro-batches.
+            if n == 1 or shards.any_sharded(params):
+                raise
+        # Outside of the handler, whose traceback held the activations.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = -(-n // 2)
+        if not warned:
+            _log.warning(
+                "out of memory: a micro-batch of %d rows is computed as two, with the same gradient; lower train.chunk or "
+                "train.tokens to save the time of trying",
+                n,
+            )
+        fitting, warned = min(fitting, half), True
+        numbers, total = _add_up(fitting_grad, params, _split_rows(piece, n, half, cut)[1], 2)
+        sums = unflatten(numbers)
+        return sums["loss"], Aux(metrics=sums["metrics"], means=sums.get("means", {})), unflatten(total)
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
         if isinstance(batch, list):
             n, count, pieces = sum(map(count_rows, batch)), len(batch), iter(batch)
         else:
             n = count_rows(batch)
-            count, pieces = _split_rows(batch, n, chunk, cut)
+            count, pieces = _split_rows(batch, n, fitting, cut)
         _check_same_number(params, count)
-        numbers, total = _add_up(grad, params, pieces, count)
+        numbers, total = _add_up(fitting_grad, params, pieces, count)
         if processes.world_size() > 1:
             for number in numbers.values():
                 dist.all_reduce(number)

@@ -68,6 +68,32 @@ def gradient_of(model, params, data, change):
     return loss, aux.metrics["tokens"], flatten(grads), batch_at(1)
 
 
+@pytest.mark.parametrize("way", ["by tokens", "packed"])
+def test_micro_batches_that_do_not_fit_are_halved_with_the_same_gradient(tmp_path, way, monkeypatch):
+    model, params, data = opened(tmp_path)
+    settings = SETTINGS[way] | {"tokens": 400}
+    want, tokens, want_grads, parts = gradient_of(model, params, data, settings)
+    assert max(len(part["ids"]) for part in parts) > 1
+    loss_function = system.loss_function
+
+    def short_of_memory(model):
+        loss = loss_function(model)
+
+        def loss_sum(p, batch):
+            if len(batch["ids"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss(p, batch)
+
+        return loss_sum
+
+    monkeypatch.setattr(system, "loss_function", short_of_memory)
+    loss, count, grads, _ = gradient_of(model, params, data, settings)
+    assert count == tokens
+    assert abs(loss - want) < 1e-10
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, want_grads[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize("way", SETTINGS)
 def test_loss_and_gradient_are_those_of_single_rows(tmp_path, way):
     model, params, data = opened(tmp_path)

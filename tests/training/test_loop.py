@@ -267,6 +267,47 @@ def test_micro_batches_of_unequal_tokens_equal_one_batch(chunk):
     assert aux.metrics["accuracy"] == pytest.approx(int((found == labels).sum()) / 61)
 
 
+def _short_of_memory(rows, sizes):
+    """`token_loss` on a GPU that has memory for so many rows; `sizes` gets those of all tries."""
+
+    def loss(p, batch):
+        sizes.append(len(batch["labels"]))
+        found = token_loss(p, batch)
+        if len(batch["labels"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    return loss
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_micro_batch_that_does_not_fit_is_halved_with_the_same_gradient(rows, as_list, caplog):
+    value, want = _whole_batch()
+    sizes = []
+    batch = [{k: v[:1] for k, v in _tokens().items()}, {k: v[1:] for k, v in _tokens().items()}]
+    if not as_list:
+        batch = _tokens()
+    grad = token_value_and_grad(_short_of_memory(rows, sizes), chunk=5)
+    for _ in range(2):
+        got, aux, grads = grad(_token_params(), batch)
+        assert abs(got - value) < 1e-12
+        assert _worst(grads, want) < 1e-12
+        assert aux.metrics["tokens"] == 61
+    assert caplog.text.count("out of memory: a micro-batch of") == 1
+    if not as_list:
+        # The second step begins with chunks that fit.
+        first = sizes.index(5) + 1
+        assert sizes.count(5) == 1
+        assert max(sizes[first:]) <= 3
+
+
+def test_one_row_that_does_not_fit_is_the_error_it_was():
+    grad = token_value_and_grad(_short_of_memory(0, []), chunk=5)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        grad(_token_params(), _tokens())
+
+
 def test_a_mean_of_means_is_another_gradient():
     value, want = _whole_batch()
     mean = value_and_grad(lambda p, b: ((s := token_loss(p, b))[0] / s[1], Aux()))
