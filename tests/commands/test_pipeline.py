@@ -12,7 +12,7 @@ import pytest
 
 from medvl.base import files
 from medvl.commands import pipeline
-from medvl.systems import bench, gates, pipeline_report, run
+from medvl.systems import bench, export, gates, pipeline_report, run
 from medvl.systems.gates import GATES
 from medvl.systems.tune import SYSTEM
 from tests.conftest import ROOT
@@ -217,6 +217,35 @@ def test_a_damaged_file_is_made_anew_and_the_numbers_stay(finished):
     assert begun == ["model", "quantize", "train", "evaluate", "report"]  # seconds in the report are others
     assert (folder / "evaluation_finetuned.json").read_text() == evaluation
     assert not red(folder)
+
+
+def test_what_cannot_be_made_is_left_out_with_the_reason(finished, tmp_path, monkeypatch):
+    folder, place = finished
+    again = shutil.copytree(place, tmp_path / "again") / folder.relative_to(place)
+    monkeypatch.chdir(tmp_path / "again")
+    info = json.loads((again / "quantization_info.json").read_text()) | {"method": "nf4", "reason": "no room"}
+    (again.parent / "quantization_info.json").write_text(json.dumps(info))
+    shutil.rmtree(again.parent / "merged")
+    for file in ("quantization_info.json", "quantized_int4.json", "evaluation_finetuned.json"):
+        (again / file).unlink()
+    reasons = ["export: merged onto the base, the model loses 90 %", "another run is writing to it"]
+
+    def refuse(*args, **options):
+        raise ValueError(reasons[-1])
+
+    monkeypatch.setattr(export, "export_run", refuse)
+    with pytest.raises(ValueError, match="another run"):  # says nothing about the adapter
+        go_on()
+    reasons.pop()
+    go_on()
+    assert not red(again)
+    assert json.loads((again / "quantized_int4.json").read_text())["variant"] == "nf4"
+    evaluation = json.loads((again / "evaluation_finetuned.json").read_text())
+    assert evaluation["left_out"] == {"int4": "quantised by nf4 instead: no room", "merged": reasons[0]}
+    assert {*evaluation["lora_minus"]} == {"base", "nf4"}
+    report = (again / "BENCHMARK_REPORT.md").read_text()
+    assert "merged is left out: export: merged onto the base, the model loses 90 %" in report
+    assert "| base | nf4 | lora |" in report
 
 
 # What stops a pipeline ------------------------------------------------------------------------------------------------
