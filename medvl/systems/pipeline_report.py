@@ -18,7 +18,8 @@ Figures = Mapping[str, Any]
 def build_report(files: Figures, run_id: str) -> dict[str, Any]:
     """FINAL_REPORT.json, from {file: what it holds} of all phases."""
     report = {part: take_figures(part, files[file]) for part, (file, _) in PARTS.items()}
-    return {"schema_version": 1, "run_id": run_id, "notice": NOTICE, **report, "findings": findings(report)}
+    about = {"schema_version": 1, "run_id": run_id, "notice": NOTICE, "interval_percent": 95}
+    return {**about, **report, "findings": findings(report)}
 
 
 def take_figures(part: str, content: Figures) -> Any:
@@ -102,7 +103,7 @@ def benchmark_report(report: Figures) -> str:
             f"# {report['run_id']}",
             "## Costs\n\nSeconds are medians of n answers of one length; they have no interval.",
             results.markdown_table(("", *names), costs).rstrip(),
-            "## Scores",
+            f"## Scores\n\nWith {report['interval_percent']} % intervals by bootstrap.",
             results.markdown_table(("Variant", "Metric", "n", "Value"), scores).rstrip(),
             "## Findings",
             *report["findings"],
