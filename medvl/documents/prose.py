@@ -128,7 +128,8 @@ def _read_line(line: str, section: str) -> list[tuple[str, dict[str, str]]]:
                 behind = "".join(re.split(r"(,|\band\b)", behind)[:-1])
             behind = re.split(r"[(]|\b(?:and|for|with|then)\b", behind)[0]
             rows.append(("medications", row | {"frequency": behind.strip(" ,")}))
-        elif unit or is_lab:
+        # In running text a length or a share ("a nodule of 12 mm") is no test.
+        elif is_lab or "/" in canonical or (unit and section == "labs"):
             flag = _FLAG.match(behind) or stated
             if following and following["join"] in ("-", "to"):
                 row |= {"low": following["first"], "high": following["second"]}

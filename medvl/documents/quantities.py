@@ -175,7 +175,7 @@ _DATE = (
 # A number does not start within a word or number nor behind its hyphen (T4, COVID-19), and ends before no digit.
 _START = r"(?<![\w^.])(?<!\d,)(?<!\w-)"
 _END = r"(?![.,]?\d|\^)"
-BULLET = re.compile(r"^\s*(?:[-*#\u2022]+|\d{1,2}[.)])\s+(?=\D)", re.MULTILINE)
+BULLET = re.compile(r"^\s*(?:[-–•*·#]+|\d{1,2}[.)])\s*(?=[^\d\s])", re.MULTILINE)  # readers lose the space
 EVERY_HOURS = re.compile(
     r"\b(?:every|q)\.?\s?(\d+)(?:\s?(?:-|to)\s?(\d+))?\.?\s?(?:h|hrs?|hours?|hourly)\b", re.IGNORECASE
 )

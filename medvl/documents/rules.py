@@ -14,14 +14,13 @@ from typing import Any
 from attrs import define, evolve, field
 
 from medvl.documents.fields import Fields, read_answer
-from medvl.documents.quantities import find_key, is_listed, medical_terms
+from medvl.documents.quantities import BULLET, find_key, is_listed, medical_terms
 from medvl.documents.words import Word, cells_of, join_words, lines_of
 
 _SECTIONS = ("diagnoses", "medications", "labs", "vitals", "procedures", "text")
 _COLUMNS = ("name", "dose", "unit", "route", "frequency", "value", "range", "low", "high", "flag")
 _ABBREVIATED = ("routes", "frequencies", "labs", "vitals", "diagnoses")
 _PATIENT = {"person": "name", "sex": "sex", "age": "age", "record": "record", "date": "date"}
-_BULLET = re.compile(r"^(?:[-–•*·]+|\d{1,2}[.)])\s*(?=[^\d\s])")
 _NOTICE = "SYNTHETIC"  # on every drawn page; it belongs to no section
 
 
@@ -96,8 +95,9 @@ def _read_tables(lines: Sequence[list[Word]]) -> tuple[list[_Table], list[list[W
         if left:
             rest.append(left)
     for table in tables:
-        if not table.section:
-            _name_section(table)
+        if not table.section:  # its titles do not tell, but its rows do
+            vitals = [row for row in table.rows if is_listed(row.get("name", ""), "vitals")]
+            table.section = "vitals" if 2 * len(vitals) > len(table.rows) else "labs"
     return tables, rest
 
 
@@ -145,12 +145,6 @@ def _section_of_titles(columns: Sequence[str], first: str) -> str:
     return "vitals" if find_key(first, ("vitals", "sign")) else ""
 
 
-def _name_section(table: _Table) -> None:
-    """Name the section of a table by its rows where its titles do not."""
-    vitals = [row for row in table.rows if is_listed(row.get("name", ""), "vitals")]
-    table.section = "vitals" if 2 * len(vitals) > len(table.rows) else "labs"
-
-
 def _add_row(table: _Table, line: Sequence[Word], used: set[int]) -> set[int]:
     """Take the words of a line that are a row of the table; returns their places."""
     if not table.is_open:
@@ -173,27 +167,18 @@ def _add_row(table: _Table, line: Sequence[Word], used: set[int]) -> set[int]:
         return set()
     words = [word for cell in cells.values() for word in cell]
     is_far = min(word.box[1] for word in words) - table.bottom > 5 * table.height
-    if is_far or _crosses(table, words) or _heading(join_words(words).text):
+    # Running text goes on across the columns, without a gap before any of them.
+    gaps = [b.box[0] - a.box[2] for a, b in itertools.pairwise(words)]
+    is_text = len(gaps) > 3 and max(gaps) < 0.9 * table.height
+    if is_far or is_text or _heading(join_words(words).text):
         table.is_open = False
         return set()
     # A stamp or a fold may have taken what names the row: the table goes on below it.
     if len(cells) < 2 or table.columns[0] not in cells:
         return set()
-    for i, name in enumerate(table.columns):
-        # Columns lean on a tilted page: they are followed down.
-        if name in cells and abs(cells[name][0].box[0] - table.starts[i]) < 0.8 * table.height:
-            shift = cells[name][0].box[0] - table.starts[i]
-            table.starts[i] += shift
-            table.end += shift if i == len(table.columns) - 1 else 0
     table.bottom = max(word.box[3] for word in words)
     table.rows.append(_split_name({column: join_words(cell).text for column, cell in cells.items()}))
     return places
-
-
-def _crosses(table: _Table, words: Sequence[Word]) -> bool:
-    """Whether running text goes on across the columns: no gap before any of them."""
-    gaps = [b.box[0] - a.box[2] for a, b in itertools.pairwise(words)]
-    return len(gaps) > 3 and max(gaps) < 0.9 * table.height
 
 
 def _split_name(row: dict[str, str]) -> dict[str, str]:
@@ -298,15 +283,15 @@ def _is_under(heading: tuple[str, Word, list[Word]], cell: Word) -> bool:
 
 def _entries(section: str, texts: Sequence[str]) -> list[Any]:
     """The entries of a section: marked by numbers or bullets, parted by semicolons or commas, or one a line."""
-    is_marked = any(_BULLET.match(text) for text in texts)
+    is_marked = any(BULLET.match(text) for text in texts)
     if section == "vitals" and not is_marked:
         return [" ".join(texts)]  # "BP: 120/80 mmHg, HR: 72 bpm", wherever the line breaks
     entries = list[str]()
     for text in texts:
         # A line that goes on with the entry above has no mark, or a small letter: "every 6 hours".
-        is_first = bool(_BULLET.match(text)) if is_marked else not text[0].islower()
+        is_first = bool(BULLET.match(text)) if is_marked else not text[0].islower()
         if is_first or not entries:
-            entries.append(_BULLET.sub("", text))
+            entries.append(BULLET.sub("", text))
         else:
             entries[-1] += f" {text}"
     if any(";" in entry for entry in entries):

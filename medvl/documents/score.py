@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, evolve, fields_dict, frozen
 
-from medvl.documents.fields import Fields, leaves, read_answer
+from medvl.documents.fields import Diagnosis, Fields, leaves, read_answer
 from medvl.documents.quantities import (
     TermMatch,
+    holds_term,
     medical_terms,
     normalise_flag,
     numbers_in,
@@ -86,6 +87,8 @@ def score_page(
             and the common English ones.
     """
     stated = read_answer(answer)
+    if stated.read_as == "prose":
+        stated = _with_named_diagnoses(stated, gold)
     values = leaves(gold)
     page = "\n".join([page_text, *values.values()])
     # Prose is its own text; of JSON, `text` has what no field took, so that nothing escapes.
@@ -264,9 +267,8 @@ def _rate_table(scores: Sequence[PageScore]) -> tuple[list[tuple[str, str]], met
 def _page_rates(score: PageScore) -> dict[tuple[str, str], tuple[float, float]]:
     """(numerator, denominator) of every rate by (metric, subject)."""
     rates: dict[tuple[str, str], tuple[float, float]] = {}
-    total = Counts()
-    for counts in score.counts.values():
-        total = Counts(**{name: number + getattr(total, name) for name, number in asdict(counts).items()})
+    by_name = {name: [getattr(c, name) for c in score.counts.values()] for name in fields_dict(Counts)}
+    total = Counts(**{name: sum(numbers) for name, numbers in by_name.items()})
     for kind, c in (score.counts | {"all": total}).items():
         rates["precision", kind] = c.right, c.right + c.false
         rates["recall", kind] = c.right, c.right + c.missed
@@ -310,6 +312,17 @@ def _intervals(
 
 
 # Fields -----------------------------------------------------------------------------------------------------
+def _with_named_diagnoses(stated: Fields, gold: Fields) -> Fields:
+    """Prose with the diagnoses of the page that it states and that no list has: "no fever, but pneumonia"."""
+    names = [diagnosis.name for diagnosis in stated.diagnoses]
+    named = list(stated.diagnoses)
+    for diagnosis in gold.diagnoses:
+        is_there = any(same_term(diagnosis.name, name, "diagnoses") for name in names)
+        if not is_there and holds_term(stated.text, diagnosis.name, "diagnoses"):
+            named.append(Diagnosis(diagnosis.name))
+    return evolve(stated, diagnoses=named)
+
+
 _Row = dict[str, str]
 
 

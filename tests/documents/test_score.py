@@ -122,6 +122,16 @@ def test_a_flag_that_says_normal_is_not_false_where_none_is_printed():
     assert _totals(count_fields(gold, Fields(labs=[Lab("K", "4.1", flag="H")]))) == (2, 1, 0)
 
 
+def test_prose_states_what_the_page_says_also_if_no_list_has_it():
+    gold = Fields(diagnoses=[Diagnosis("Pneumonia"), Diagnosis("COPD")])
+    for answer, expected in (
+        ("No fever, but pneumonia in the left lobe; COPD.", (2, 0, 0)),
+        ("No pneumonia. COPD.", (1, 0, 1)),
+        ("Diagnoses: COPD, right-sided pneumonia", (2, 1, 0)),
+    ):
+        assert _totals(score_page("1", gold, answer).counts) == expected
+
+
 def test_names_of_people_have_no_order():
     gold = Fields(patient=Patient(name="Jane Doe", sex="F", age="54"))
     answer = Fields(patient=Patient(name="DOE, Jane", sex="female", age="54 years"))
