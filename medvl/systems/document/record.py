@@ -7,7 +7,6 @@ from attrs import evolve, frozen
 from medvl.base import config
 from medvl.documents.source_record import SourcesConfig
 from medvl.language.chat import ChatConfig, ModelConfig
-from medvl.language.system import check_quantized
 from medvl.phantoms.pages import PageConfig
 from medvl.systems.tune import record as tune
 from medvl.training.record import TrainConfig, language_training
@@ -25,9 +24,7 @@ class DataConfig:
     source: Literal["files", "pages", "public"] = "files"
     folder: str = "data/documents"
     pages: PageConfig = PageConfig()  # what is drawn
-    public: SourcesConfig = (
-        SourcesConfig()
-    )  # data sets that are fetched into `folder`; it has no other folder
+    public: SourcesConfig = SourcesConfig()  # fetched into `folder`; it has no other folder
     conversations: str = "{folder}/{split}.jsonl"
     root: str = ""  # where relative image names start; "" = the folder of the JSONL
 
@@ -66,14 +63,11 @@ class Config:
     seed: int = 0
     model: ModelConfig
     data: DataConfig = DataConfig()
-    chat: ChatConfig = (
-        ChatConfig()
-    )  # pages are never cut: a conversation above its context is left out and counted
+    chat: ChatConfig = ChatConfig()  # pages are never cut: what is above its context is left out and counted
     # The language model's layers alone: ends of names such as "up_proj" would also match the vision tower's.
     lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
     train: TrainConfig = language_training()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:
-        config.check_bounds(self, "experiment", seed=config.SEED)
-        check_quantized(self.model, self.train, "a stage must train lora/...")
+        tune.check_tuning(self)

@@ -4,7 +4,7 @@ images -> patches -> vision encoder -> visual tokens in the place of placeholder
 tokens of the answers, which alone are trained.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from attrs import frozen
 
@@ -64,8 +64,17 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:
-        config.check_bounds(self, "experiment", seed=config.SEED)
-        # Refused here, before a model is loaded; `stages.check_trainable` asks the loaded weights themselves.
-        if any(stage.has_muon for stage in self.train.stages) and self.model.dtype != "float32":
-            raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
-        check_quantized(self.model, self.train, "a stage must train lora/...")
+        check_tuning(self)
+
+
+def check_tuning(cfg: Any) -> None:
+    """Check what the parts of a record demand of each other, before a model is loaded; `stages.check_trainable` asks
+    the loaded weights themselves.
+
+    Raises:
+        ValueError: a seed that is none; muon for weights that are not float32; stages that train quantised weights.
+    """
+    config.check_bounds(cfg, "experiment", seed=config.SEED)
+    if any(stage.has_muon for stage in cfg.train.stages) and cfg.model.dtype != "float32":
+        raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
+    check_quantized(cfg.model, cfg.train, "a stage must train lora/...")

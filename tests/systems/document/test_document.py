@@ -169,6 +169,16 @@ def test_public_data_sets_are_fetched_by_the_run_and_by_invoke_data(tmp_path, ca
         data.fetch(str(path))
 
 
+def test_a_record_is_checked_before_a_model_is_loaded(tmp_path):
+    raw = record(tmp_path)
+    raw["model"]["dtype"] = "bfloat16"
+    raw["train"]["stages"][0]["muon"] = 0.02
+    path = tmp_path / "muon.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(config.ConfigError, match="muon needs whole float32 weights"):
+        run.resolve(str(path))
+
+
 def conversations(number):
     made = []
     for i in range(number):
