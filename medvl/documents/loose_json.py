@@ -54,36 +54,33 @@ def _parse_with_slips(text: str, start: int) -> tuple[Any, int]:
     """
     root: list[Any] = []
     containers: list[Any] = [root]
-    keys: list[str | None] = [None]  # of each open container, the key that waits for its value
+    key = None  # that waits for its value
     for match in _TOKEN.finditer(text, start):
         mark = match["mark"] or ""
         if match["cut"] or (match["bare"] and match.end() == len(text)) or len(containers) > _MAX_DEPTH:
             break
         if mark in ("}", "]"):
             containers.pop()
-            keys.pop()
             if len(containers) == 1:
                 return root[0], match.end()
-        elif mark == ",":
-            keys[-1] = None
-        elif mark != ":":
-            value: Any = {"{": {}, "[": []}.get(mark)
-            if not mark:
-                value = _scalar(match)
-            container, key = containers[-1], keys[-1]
-            if isinstance(container, list):
-                container.append(value)
-            elif key is None and not mark:
-                keys[-1] = str(value)
-                continue
-            else:
-                while (key or "") in container:  # a key that comes twice; spaces in keys mean nothing
-                    key = f"{key or ''} "
-                container[key or ""] = value
-                keys[-1] = None
-            if mark:
-                containers.append(value)
-                keys.append(None)
+        if mark in ("}", "]", ",", ":"):
+            key = None if mark != ":" else key
+            continue
+        value = {"{": {}, "[": []}[mark] if mark else _scalar(match)
+        parent = containers[-1]
+        if isinstance(parent, list):
+            parent.append(value)
+        elif key is None and not mark:
+            key = str(value)
+            continue
+        else:
+            key = key or ""
+            while key in parent:  # spaces in keys mean nothing
+                key += " "
+            parent[key] = value
+        key = None
+        if mark:
+            containers.append(value)
     return (root[0] if root else {}), len(text)
 
 
