@@ -1,6 +1,7 @@
 """Where on a page each value of a record stands: the evidence for what a model or the rules say."""
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -32,17 +33,17 @@ class Place:
 
 @frozen
 class _Page:
-    """The letters of a page in reading order, without spaces, each with its word."""
+    """The text of a page in reading order, with a space between words, and what each of its characters is part of."""
 
-    letters: str
+    text: str
     words: tuple[Word, ...]
-    places: tuple[tuple[int, int], ...]  # of each letter: word, and place in it
+    places: tuple[tuple[int, int], ...]  # of each character: word, and place in it
     lines: tuple[int, ...]  # of each word
 
 
 @frozen
 class _Match:
-    """A place of a value: from the letter `start` to the one before `stop`."""
+    """A place of a value: the characters from `start` to the one before `stop`."""
 
     start: int
     stop: int
@@ -68,14 +69,14 @@ def find_places(fields: Fields, words: Sequence[Word]) -> dict[str, Place | None
     or over several. Of several places the one is taken that is nearest to the other values of the same record
     and not taken yet.
     """
-    page = _read_letters(words)
+    page = _read_words(words)
     values = leaves(fields)
     matches = {path: _find(page, path, value) for path, value in values.items()}
     places: dict[str, Place | None] = dict.fromkeys(matches)
     records: dict[str, list[str]] = {}
     for path in matches:
         records.setdefault(path.rpartition("/")[0], []).append(path)
-    taken = set[int]()  # letters
+    taken = set[int]()  # characters
     previous: _Match | None = None
     # Running text first: a diagnosis that it states stands elsewhere, too.
     for paths in sorted(records.values(), key=lambda paths: paths != ["text"]):
@@ -128,21 +129,19 @@ def _distance(anchor: _Match, match: _Match) -> float:
 
 
 # Matches ----------------------------------------------------------------------------------------------------
-def _read_letters(words: Sequence[Word]) -> _Page:
-    ordered, lines, places = list[Word](), list[int](), list[tuple[int, int]]()
-    letters = ""
+def _read_words(words: Sequence[Word]) -> _Page:
+    text, ordered, places, lines = "", list[Word](), list[tuple[int, int]](), list[int]()
     for number, line in enumerate(lines_of(words)):
         for word in line:
-            inked = [place for place, letter in enumerate(word.text) if not letter.isspace()]
-            letters += _fold("".join(word.text[place] for place in inked))
-            places += [(len(ordered), place) for place in inked]
+            text += _fold(word.text) + " "
+            places += [(len(ordered), place) for place in range(len(word.text) + 1)]
             ordered.append(word)
             lines.append(number)
-    return _Page(letters, tuple(ordered), tuple(places), tuple(lines))
+    return _Page(text, tuple(ordered), tuple(places), tuple(lines))
 
 
 def _fold(text: str) -> str:
-    """Letters without case and in one spelling; each stays one character, so that places stay."""
+    """Text without case and in one spelling; each letter stays one character, so that places stay."""
     folded = [unicodedata.normalize("NFKC", letter).casefold() for letter in text]
     pairs = zip(text, folded, strict=True)
     joined = "".join(new if len(new) == 1 else letter for letter, new in pairs)
@@ -156,62 +155,55 @@ def _find(page: _Page, path: str, value: str) -> list[_Match]:
         # Printed in one of its forms.
         texts = next(row for row in medical_terms()["frequencies"] if "PRN" in row)
     matches = list[_Match]()
-    for text in texts:
-        wanted = _fold("".join(text.split()))
-        exact = {start: 1.0 for start in _starts(page.letters, wanted)}
-        alike = _starts(page.letters.translate(_LOOK_ALIKES), wanted.translate(_LOOK_ALIKES))
-        scores = dict.fromkeys(alike, _NEAR_MISS) | exact
-        found = []
-        for start, score in scores.items():
-            if _is_whole(page, start, start + len(wanted)):
-                found.append(_match(page, [(start, start + len(wanted))], score, score < 1))
-        if not found and len(wanted) >= _LONG:
+    for text in map(_fold, texts):
+        alike = text.translate(_LOOK_ALIKES)
+        scores = dict.fromkeys(_spans(alike, page.text.translate(_LOOK_ALIKES), page.text), _NEAR_MISS)
+        scores |= dict.fromkeys(_spans(text, page.text, page.text), 1.0)
+        found = [_match(page, [span], score, score < 1) for span, score in scores.items()]
+        if not found and len(text) >= _LONG:
             # Most of it may be on the page, maybe with another column between its lines.
-            matcher = difflib.SequenceMatcher(None, page.letters, wanted, autojunk=False)
+            matcher = difflib.SequenceMatcher(None, page.text, text, autojunk=False)
             runs = [(run.a, run.a + run.size) for run in matcher.get_matching_blocks() if run.size >= _RUN]
-            share = sum(stop - start for start, stop in runs) / len(wanted)
+            share = sum(stop - start for start, stop in runs) / len(text)
             found = [_match(page, runs, share, False)] if share >= _SHARE else []
         matches += found
     return matches
 
 
-def _starts(letters: str, wanted: str) -> list[int]:
-    """All places where a text begins, also within another of its places."""
-    return [i for i in range(len(letters)) if letters.startswith(wanted, i)] if wanted else []
+# Where no word or number goes on: a unit may stand right behind its number ("25mg").
+_BEFORE = {True: r"(?<![^\W_])(?<!\d[.,/:])(?<![^\W\d_]-)", False: r"(?<![^\W\d_])(?<![^\W_][-/'])"}
+_BEHIND = {True: r"(?!\d|[.,/:]\d|-[^\W\d_])", False: r"(?![^\W_]|[-/'][^\W_])"}
 
 
-def _is_whole(page: _Page, start: int, stop: int) -> bool:
-    """Whether letters are whole words and numbers. A unit may stand right behind its number: "25mg"."""
-    (word, first), (last_word, last) = page.places[start], page.places[stop - 1]
-    before = page.words[word].text[max(0, first - 2) : first][::-1]
-    after = page.words[last_word].text[last + 1 : last + 3]
-    return not (
-        _goes_on(before, page.letters[start], is_before=True)
-        or _goes_on(after, page.letters[stop - 1], is_before=False)
-    )
+def _spans(value: str, text: str, printed: str) -> list[tuple[int, int]]:
+    """Where a value is in a text as whole words and numbers, whatever the spaces between its letters.
 
-
-def _goes_on(near: str, edge: str, *, is_before: bool) -> bool:
-    """Whether a word or number goes on beyond its edge with the letters `near`, the nearest first."""
-    if not near or not edge.isalnum():
-        return False
-    first, second = near[0], near[1:]
-    if edge.isdigit():
-        if first.isdigit() or (first.isalpha() and is_before):
-            return True
-        return (first in ".,/:" and second.isdigit()) or (first in "-" and second.isalpha())
-    if first.isalpha() or (first.isdigit() and not is_before):
-        return True
-    return first in "-/'" and second.isalnum()
+    Args:
+        printed: the text before letters were replaced, which says what is a digit.
+    """
+    letters = "".join(value.split())
+    if not letters:
+        return []
+    spans = []
+    for match in re.finditer(f"(?=({' *'.join(map(re.escape, letters))}))", text):
+        start, stop = match.span(1)
+        first, last = printed[start], printed[stop - 1]
+        before = re.compile(_BEFORE[first.isdigit()]).match(printed, start) or not first.isalnum()
+        behind = re.compile(_BEHIND[last.isdigit()]).match(printed, stop) or not last.isalnum()
+        if before and behind:
+            spans.append((start, stop))
+    return spans
 
 
 def _match(page: _Page, spans: Sequence[tuple[int, int]], score: float, is_near_miss: bool) -> _Match:
-    """Letters as a match: the hull of the parts of their words."""
-    ends: dict[int, tuple[int, int]] = {}  # of each word: first and last letter
+    """Characters as a match: the hull of the parts of their words."""
+    ends: dict[int, tuple[int, int]] = {}  # of each word: first and last character
     for start, stop in spans:
-        for word, place in page.places[start:stop]:
-            first, _ = ends.get(word, (place, place))
-            ends[word] = first, place
+        for i in range(start, stop):
+            word, place = page.places[i]
+            if page.text[i] != " ":
+                first, _ = ends.get(word, (place, place))
+                ends[word] = first, place
     boxes = [part_of_box(page.words[word], first, last + 1) for word, (first, last) in ends.items()]
     least = min(page.words[word].score for word in ends)
     line = page.lines[next(iter(ends))]
