@@ -24,8 +24,11 @@ _DOSES = ("mcg", "mg", "g", "meq", "u", "ml", "tablet", "capsule", "puff", "drop
 _FLAG = re.compile(r"[\s()\[\],]*(HH|LL|H|L|N|high|low|normal|critical(?:ly)? (?:high|low))\b")
 _PARTS = re.compile(r";|\s+(?=(?:Sex|Gender|Age|MRN|ID|Date|Issued)\b[a-z ()]*:)")
 _HEADER = re.compile(r"([A-Za-z][A-Za-z /.()]{1,30}?)[*\s]*(?::[*\s]*(.*)|$)")
+# Not "10 years ago".
 _AGE = re.compile(
-    r"\b(\d{1,3})[ -]?(?:years?|yrs?|y/?o)\b[ -]?(?:old)?\s*(male|female|man|woman|[MF]\b)?", re.I
+    r"\b(\d{1,3})[ -]?(?:(?:years?|yrs?)[ -]old|y/?o|(?:years?|yrs?)(?=[ -](?:fe)?male))\b[ -]?"
+    r"(male|female|man|woman|[MF]\b)?",
+    re.IGNORECASE,
 )
 # A name does not reach over these: "He takes metformin 500 mg".
 _VERBS = re.compile(

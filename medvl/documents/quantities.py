@@ -136,10 +136,10 @@ def holds_value(text: str, value: str, unit: str = "") -> bool:
 
 def numbers_in(text: str) -> list[Decimal | str]:
     """Every number of a text, those of pairs and ranges apart, dates and times as they are written; signs, units,
-    the numbers of frequencies ("every 6 hours") and those before the entries of a list left out.
+    the numbers of frequencies ("every 6 hours", "3 times daily") and those before the entries of a list left out.
     """
     numbers: list[Decimal | str] = []
-    for quantity in find_quantities(EVERY_HOURS.sub(" ", BULLET.sub("", text))):
+    for quantity in find_quantities(_TIMES_DAILY.sub(" ", EVERY_HOURS.sub(" ", BULLET.sub("", text)))):
         numbers += quantity.numbers if quantity.join != "date" else (quantity.unit,)
     return numbers
 
@@ -179,6 +179,7 @@ BULLET = re.compile(r"^\s*(?:[-–•*·#]+|\d{1,2}[.)])\s*(?=[^\d\s])", re.MULT
 EVERY_HOURS = re.compile(
     r"\b(?:every|q)\.?\s?(\d+)(?:\s?(?:-|to)\s?(\d+))?\.?\s?(?:h|hrs?|hours?|hourly)\b", re.IGNORECASE
 )
+_TIMES_DAILY = re.compile(r"\b\d\s?(?:x|times) (?:daily|(?:a|per) (?:day|week))\b", re.IGNORECASE)
 
 
 @functools.cache

@@ -284,10 +284,12 @@ def _with_question(
         number = int(digest([cfg.seed, "prompt", identifier]), 16)
         messages = [{"role": "user", "content": PROMPTS[kind][number % len(PROMPTS[kind])]}, *messages]
     # PubMedVision has no tags: its images come before the first question.
-    if any(_TAG in message["content"] for message in messages if kind not in PROMPTS):
-        return messages
-    first, *others = messages
-    return [{**first, "content": f"{_TAG}\n" * images + first["content"]}, *others]
+    has_tags = kind == "conversations" and any(_TAG in message["content"] for message in messages)
+    for number, message in enumerate(messages):
+        if message["role"] == "user" and not has_tags:
+            first = {**message, "content": f"{_TAG}\n" * images + message["content"]}
+            return [*messages[:number], first, *messages[number + 1 :]]
+    return messages
 
 
 def _reason_against(line: Mapping[str, Any], shortest: int) -> str:
@@ -311,9 +313,9 @@ def _drop_repeated(
 ) -> list[dict[str, Any]]:
     """Lines sorted by id; of those with the same images and texts only the first."""
     kept: dict[str, dict[str, Any]] = {}
+    # Captions and notes that are there twice may have two prompts, which are ours.
+    prompts = {f"{_TAG}\n{prompt}" for of_kind in PROMPTS.values() for prompt in of_kind}
     for line in sorted(lines, key=lambda line: line["id"]):
-        # Captions and notes that are there twice may have two prompts, which are ours.
-        prompts = {f"{_TAG}\n{prompt}" for of_kind in PROMPTS.values() for prompt in of_kind}
         texts = [message["content"] for message in line["messages"] if message["content"] not in prompts]
         if kept.setdefault(digest([line["images"], texts]), line) is not line:
             left_out[line["category"]]["the images and texts of another row"] += 1

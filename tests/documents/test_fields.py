@@ -233,6 +233,8 @@ def test_a_list_is_read():
             Fields(patient=Patient(name="Rosa Roe", sex="F", age="61", record="123456")),
         ),
         ("Medications: None\nDiagnoses: none", Fields()),
+        ("MI 10 years ago.", Fields(diagnoses=[Diagnosis("MI")])),
+        ("A 61 y/o woman with CKD", Fields(patient=Patient(age="61", sex="woman"), diagnoses=[Diagnosis("CKD")])),
         (
             "Diagnoses: COPD, CKD. She takes Metformin 500 mg PO BID.\nBP 120/80 mmHg",
             Fields(

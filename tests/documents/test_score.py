@@ -10,7 +10,6 @@ from medvl.documents.fields import (
     Lab,
     Medication,
     Patient,
-    Vital,
     fields_to_json,
     read_answer,
 )
@@ -27,20 +26,8 @@ from medvl.documents.score import (
 from medvl.evaluation.results import read_results, write_results
 from medvl.phantoms.pages import PageConfig, draw_page
 from tests.documents.adversarials import PAGES, TERMS, VALUES
+from tests.documents.test_fields import PAGE
 
-PAGE = Fields(
-    kind="discharge summary",
-    patient=Patient(name="Test Person", sex="F", age="54"),
-    diagnoses=[Diagnosis("COPD"), Diagnosis("Type 2 diabetes mellitus")],
-    medications=[
-        Medication("Metformin", "500", "mg", "PO", "BID"),
-        Medication("Albuterol", "2", "puffs", "INH", "Q6H", prn=True),
-    ],
-    labs=[Lab("HbA1c", "8.4", "%", "4.0", "5.6", "H")],
-    vitals=[Vital("BP", "120/80", "mmHg")],
-    procedures=["Chest radiograph"],
-    text="Stable at discharge.",
-)
 ANSWERS = (
     fields_to_json(PAGE),
     "Ms. Person has COPD. She takes Metformin 50 mg by mouth twice daily. HbA1c 8,4 % high.",
@@ -154,6 +141,7 @@ def test_names_of_people_have_no_order():
         ),  # under a key of its own
         ('{"medications":["Albuterol every 6 hours"]}', "", 0, ()),  # a frequency is a field, no number
         ("1. HbA1c 8.4 %\n2. BP 120/85", "", 3, ("85",)),
+        ("Metformin 500 mg 2 times daily", "", 1, ()),
     ],
 )
 def test_numbers_that_no_page_shows_are_hallucinated(answer, page, numbers, hallucinated):
