@@ -250,6 +250,8 @@ def holds_term(text: str, term: str, kind: str) -> bool:
 
     Short abbreviations (MI, Mg) must have their capitals: "as" is not aortic stenosis, "mg" not magnesium.
     """
+    if not plain_words(term):
+        return False
     for clause in _CLAUSE_END.split(spell(text)):
         # By the names of groups, each of which is one word, and as it is written: "pneumonia" is also stated by
         # "community-acquired pneumonia". Not so for tests: "hemoglobin A1c" is no hemoglobin.

@@ -50,8 +50,12 @@ def draw_fields(kind: str, gen: np.random.Generator) -> Fields:
         return Fields(kind, patient, medications=_draw_medications(gen, 1, 5, short))
     if kind == "lab results":
         return Fields(kind, patient, labs=_draw_labs(gen, 7, 18, short))
-    diagnoses = _draw_diagnoses(gen, 2, 5, short)
-    vitals = _draw_vitals(gen, 3, 7, short)
+    pairs = sample(gen, list(words()["diagnoses"].items()), 2, 5)
+    diagnoses = tuple(
+        Diagnosis(abbreviation if short and abbreviation else name) for name, abbreviation in pairs
+    )
+    names = sample(gen, list(words()["vitals"]), 3, 7)
+    vitals = tuple(_draw_vital(gen, name, short) for name in names)
     if kind == "diagnosis":
         return Fields(kind, patient, diagnoses, _draw_medications(gen, 2, 7, short), vitals=vitals)
     assert kind == "discharge summary"
@@ -142,11 +146,6 @@ def _draw_patient(gen: np.random.Generator) -> Patient:
     )
 
 
-def _draw_diagnoses(gen: np.random.Generator, low: int, high: int, short: bool) -> tuple[Diagnosis, ...]:
-    pairs = sample(gen, list(words()["diagnoses"].items()), low, high)
-    return tuple(Diagnosis(abbreviation if short and abbreviation else name) for name, abbreviation in pairs)
-
-
 def _draw_medications(gen: np.random.Generator, low: int, high: int, short: bool) -> tuple[Medication, ...]:
     medications = []
     for name, drug in sample(gen, list(words()["drugs"].items()), low, high):
@@ -189,10 +188,6 @@ def _draw_lab(gen: np.random.Generator, name: str, *, short: bool, normal: bool)
         flag = ""
     printed = test["short"] if short else name
     return Lab(printed, value, test["unit"], low=test["normal"][0], high=test["normal"][1], flag=flag)
-
-
-def _draw_vitals(gen: np.random.Generator, low: int, high: int, short: bool) -> tuple[Vital, ...]:
-    return tuple(_draw_vital(gen, key, short) for key in sample(gen, list(words()["vitals"]), low, high))
 
 
 def _draw_vital(gen: np.random.Generator, key: str, short: bool) -> Vital:

@@ -139,6 +139,7 @@ def test_terms_are_the_same_or_abbreviations():
         assert same_term(a, b, kind) == how, (a, b)
         assert same_term(b, a, kind) == how, (b, a)
     assert same_term("", "", "labs") == ""
+    assert not holds_term("No answer - none.", "-", "diagnoses")
     # a name within another name
     assert not holds_term("HbA1c 8.4 %", "Hemoglobin", "labs")
     assert not holds_term("Hemoglobin A1c 8.4 %", "Hemoglobin", "labs")
