@@ -56,12 +56,12 @@ def read_prose(text: str, section: str = "") -> dict[str, Any]:
     tree: dict[str, Any] = {}
     row: dict[str, str] = {}  # the last entry, to which "Dose: 500 mg" belongs
     ends = False  # whether the section ends with its sentence: "Diagnoses: COPD, CKD. He takes ..."
-    for line in re.split(r"\n|\.\s+(?=[A-Z])", BULLET.sub("", spell(text))):
+    for line in re.split(r"\n|\.\s+(?=[A-Z])", BULLET.sub("• ", spell(text))):
         if ends and section != "text":
             section = ""
         ends = False
         for part in _PARTS.split(line):
-            part = re.sub(r"\s*\|\s*", " ", part).strip(" *.")  # a row of a table is a line
+            part = re.sub(r"\s*\|\s*", " ", part).strip(" *.•")  # a row of a table is a line
             header = _HEADER.match(part)
             name = section_of(header[1]) if header else ""
             field = find_key(header[1], ENTRY) if header and header[2] else ""
@@ -76,7 +76,9 @@ def read_prose(text: str, section: str = "") -> dict[str, Any]:
                 section, part = name, header[2] or ""
                 ends = bool(part) and not part.endswith(",")
             if section in ("diagnoses", "procedures"):
-                entries = [entry for entry in re.split(r",\s| and ", part) if entry.strip(" ,")]
+                # What a bullet marks is one entry: "- Endoscopy and biopsy".
+                entries = [part] if line.startswith("•") else re.split(r",\s| and ", part)
+                entries = [entry for entry in entries if entry.strip(" ,")]
                 tree.setdefault(section, []).extend(entry for entry in entries if not is_denied(entry))
             elif name in ("patient", "name", *PATIENT):
                 tree.setdefault(name, re.split(r",\s*(?=\d)", part)[0])  # "Jane Doe, 54 F"

@@ -69,7 +69,9 @@ def lines_of(words: Sequence[Word]) -> list[list[Word]]:
         slope = _slope_at(slopes, word.centre[1])
         for line in lines:
             distance = _distance(line[-1], word, slope)
-            if distance < smallest and _is_right_of(line[-1], word):
+            # Boxes of a reader may overlap a little.
+            is_right = word.box[0] > line[-1].box[2] - 0.5 * line[-1].height
+            if distance < smallest and is_right:
                 nearest, smallest = line, distance
         if nearest is None:
             lines.append([word])
@@ -78,7 +80,10 @@ def lines_of(words: Sequence[Word]) -> list[list[Word]]:
 
     def level(line: list[Word]) -> float:
         # Where the line crosses the middle of the page.
-        heights = [_height_at(word, middle, slopes) for word in line]
+        heights = []
+        for word in line:
+            x, y = word.centre
+            heights.append(y + _slope_at(slopes, y) * (middle - x))
         return statistics.mean(heights)
 
     return sorted(lines, key=level)
@@ -102,11 +107,6 @@ def _slope_at(slopes: Sequence[tuple[float, float]], y: float) -> float:
     return statistics.median(slope for _, slope in nearest) if nearest else 0.0
 
 
-def _height_at(word: Word, x: float, slopes: Sequence[tuple[float, float]]) -> float:
-    """How high the line of a word is at `x`."""
-    return word.centre[1] + _slope_at(slopes, word.centre[1]) * (x - word.centre[0])
-
-
 def _is_neighbour(word: Word, other: Word) -> bool:
     """Whether `other` follows `word` with the space between two words of a sentence, roughly on its height."""
     gap = other.box[0] - word.box[2]
@@ -120,11 +120,6 @@ def _distance(last: Word, word: Word, slope: float) -> float:
     x, y = last.centre
     expected = y + slope * (word.centre[0] - x)
     return abs(word.centre[1] - expected) / ((last.height + word.height) / 2)
-
-
-def _is_right_of(last: Word, word: Word) -> bool:
-    """Whether a word begins behind the last one of a line; boxes of a reader may overlap a little."""
-    return word.box[0] > last.box[2] - 0.5 * last.height
 
 
 def cells_of(line: Sequence[Word]) -> list[Word]:

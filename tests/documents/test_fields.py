@@ -233,6 +233,7 @@ def test_a_list_is_read():
             Fields(patient=Patient(name="Rosa Roe", sex="F", age="61", record="123456")),
         ),
         ("Medications: None\nDiagnoses: none", Fields()),
+        ("Procedures:\n- Endoscopy and biopsy", Fields(procedures=["Endoscopy and biopsy"])),
         ("MI 10 years ago.", Fields(diagnoses=[Diagnosis("MI")])),
         ("A 61 y/o woman with CKD", Fields(patient=Patient(age="61", sex="woman"), diagnoses=[Diagnosis("CKD")])),
         (
