@@ -62,7 +62,8 @@ def open_image(
             than 8 bits need one.
         only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a
             folder that has both).
-        full_range: without a window, show greys of more than 8 bits from their lowest to their highest.
+        full_range: without a window, show greys of more than 8 bits from their lowest to their highest; slices of
+            NIfTI files need a window all the same.
     Raises:
         ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST`
             pixels (refused before they are decoded); several pages and no `page`; deep greys and no window,

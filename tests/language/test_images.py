@@ -317,3 +317,12 @@ def test_a_real_scan_and_its_dicom_series(shared_data):
         got = open_image(folder / "nifti" / "cip_chest64.nii.gz", page=page, window=(-160, 240))
         want = open_image(series[page], window=(-160, 240))
         assert np.array_equal(np.array(got), np.array(want))
+
+
+def test_the_full_range_needs_no_window(tmp_path):
+    for greys, shown in (([100, 2100, 4100], [0, 128, 255]), ([7, 7, 7], [0, 0, 0])):
+        Image.fromarray(np.array([greys], np.uint16)).save(tmp_path / "deep.png")
+        pixels = np.asarray(open_image(tmp_path / "deep.png", full_range=True))
+        assert pixels[0, :, 0].tolist() == shown
+    Image.new("L", (1, 1), 7).save(tmp_path / "flat.png")
+    assert open_image(tmp_path / "flat.png", full_range=True).getpixel((0, 0)) == (7, 7, 7)
