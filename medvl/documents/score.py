@@ -247,7 +247,10 @@ def compare_runs(
     for i, name in enumerate(names[j][1] for j in f1):
         numbers = {"difference": value[i], "low": low[i], "high": high[i], "p": p[i]}
         floats = {key: float(number) for key, number in numbers.items()}
-        records[name] = accuracy.Difference(**floats, n=k, groups=k)
+        # As in `score_results`, documents without such a field in page or answer do not count.
+        counted = a[:, len(f1) + i] + b[:, len(f1) + i] > 0
+        n_counted = len({document for document, there in zip(documents, counted, strict=True) if there})
+        records[name] = accuracy.Difference(**floats, n=n_counted, groups=n_counted)
     return accuracy.to_results(records, split=split, metric="f1_difference", experiment=experiment)
 
 

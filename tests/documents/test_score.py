@@ -267,6 +267,9 @@ def test_runs_are_compared_on_the_same_documents():
     assert turned["all"].value == pytest.approx(-row.value)
     same = {r.subject: r for r in compare_runs(better, better, split="test", n=500, gen=_seeded())}
     assert (same["all"].value, same["all"].extra["p"]) == (0, 1)
+    texts = [score_page(f"text {i}", Fields(text="No mass."), "No mass.") for i in range(3)]
+    pair = compare_runs(better + texts, worse + texts, split="test", n=50, gen=_seeded())
+    assert {row.subject: row.n for row in pair}["all"] == 12  # pages of text alone have no field
 
 
 def test_five_documents_decide_nothing():
