@@ -1,7 +1,6 @@
 """`invoke conversations` and `invoke data`: files of conversations in another shape, and public data sets."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from medvl.base import config, files
 from medvl.documents.source_record import SourcesConfig
@@ -32,12 +31,12 @@ def fetch(exp: str, overrides: Sequence[str] = ()) -> None:
     write their conversations.
 
     Args:
-        exp: path of a .toml or .json, or a name in experiments/.
+        exp: path of a .toml or .json, a name in experiments/, or the folder of a run.
     Raises:
         ConfigError: no such file, no table [data], or one that is no `SourcesConfig`.
         ValueError: as `build_data`.
     """
-    path = Path(exp) if exp.endswith((".toml", ".json")) else run.EXPERIMENTS / f"{exp}.toml"
+    path = run.record_of(exp)
     settings = config.override(config.read_settings(path), tuple(overrides), source=str(path))
     if "system" in settings:
         record, _ = run.resolve(str(path), overrides)

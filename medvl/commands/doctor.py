@@ -35,6 +35,8 @@ def check_installation(out: str = "") -> int:
     Args:
         out: also write what `results.environment` says to this JSON file.
     """
+    if out:
+        files.check_writable(out)
     about = results.environment()
     rows = [(name, _text(value)) for name, value in about.items() if name != "packages"]
     rows += [

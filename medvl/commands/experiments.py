@@ -33,6 +33,7 @@ def print_labels(exp: str, overrides: Sequence[str] = (), number: int = 0) -> No
     system = run.find_system(cfg.system)
     if system.labels is None:
         raise ValueError(_has_no("labels", exp, cfg.system))
+    run.check_base(cfg, folder)
     # Phantoms are drawn and their texts written if nobody has trained this experiment yet. What it logs
     # would stand between the command and its answer.
     system.prepare(cfg, _silent)
@@ -52,6 +53,7 @@ def print_memory(exp: str, overrides: Sequence[str] = (), processes: int = 1, gp
     system = run.find_system(cfg.system)
     if system.memory is None:
         raise ValueError(_has_no("estimate", exp, cfg.system))
+    run.check_base(cfg, folder)
     per_process = f"each of {processes} processes" if processes > 1 else "one process"
     # Weights are not allocated for this: a laptop can tell what a run on GPUs will need.
     for stage, step in system.memory(cfg, folder, processes).items():

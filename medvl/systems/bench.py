@@ -47,6 +47,7 @@ def bench(
     own = run.find_system(cfg.system)
     if own.variant is None or own.bench_questions is None:
         raise ValueError(f"bench: {exp} is a {cfg.system} experiment, which has no variants to measure")
+    run.check_base(cfg, folder)
     questions = own.bench_questions(cfg)
     if not questions:
         raise ValueError(f"bench: {exp} has no question to measure with")

@@ -49,6 +49,8 @@ def quantize(
     """
     if method not in METHODS:
         raise ValueError(f"quantize: --method must be one of {', '.join(METHODS)}, got {method!r}")
+    if variant not in ("base", "merged"):
+        raise ValueError(f"quantize: --variant must be base or merged, got {variant!r}")
     rounding = int4.Int4Config(group=group)
     cfg, folder = run.resolve(exp, overrides)
     system = run.find_system(cfg.system)
@@ -56,6 +58,7 @@ def quantize(
         raise ValueError(f"quantize: {exp} is a {cfg.system} experiment, which has no model to quantise")
     target = folder / "int4"
     check_new_folder(target)
+    run.check_base(cfg, folder)
     model, params = system.variant(cfg, folder, variant).open()
     start = time.monotonic()
     data = None

@@ -241,6 +241,11 @@ def _check_places(system: System, cfg: Any, folder: Path) -> None:
         files.check_writable(folder / name)
     for place in system.folders(cfg):
         files.check_writable(place, folder=True)
+    check_base(cfg, folder)
+
+
+def check_base(cfg: Any, folder: Path) -> None:
+    """Raise where the model that another experiment trains is not there: the hub has none of its name."""
     if base := base_experiment(cfg):
         raise ValueError(
             f"model.name: {cfg.model.name} must be a model and is not there; `invoke pipeline --exp "
@@ -375,6 +380,7 @@ def _evaluate_variant(system: System, cfg: Any, folder: Path, variant: str, log:
     """Score a variant of the model; most need no trained run, so the data is put in place here."""
     if system.variant is None:
         raise ValueError(f"evaluate: a {cfg.system} experiment has no variants")
+    check_base(cfg, folder)
     found = system.variant(cfg, folder, variant)
     results_folder = folder / f"results-{variant}"
     with _determinism(cfg), _evaluating(folder, results_folder):

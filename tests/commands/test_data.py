@@ -45,5 +45,5 @@ def test_data_sets_of_a_record(tmp_path, capsys):
     record.write_text("seed = 1\n")
     with pytest.raises(ConfigError, match=r"must have a table \[data\] with sources, found seed"):
         data.fetch(str(record))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="no such experiment or run"):
         data.fetch("no such experiment")

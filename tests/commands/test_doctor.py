@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from medvl.commands import doctor
 
 LINES = ("attrs>=24.2", "numpy>=99", 'nosuchpackage>=2; extra == "quant"', 'attrs; extra == "dicom"')
@@ -25,6 +27,12 @@ def test_what_is_missing_is_said_with_the_command_that_brings_it(capsys, monkeyp
     assert "quant lacks nosuchpackage>=2: pip install -e '.[quant]'" in said
     assert "dicom lacks" not in said
     assert json.loads((tmp_path / "environment.json").read_text())["torch"]
+
+
+def test_a_folder_in_the_place_of_its_file_is_named_first(tmp_path, capsys):
+    with pytest.raises(ValueError, match="must be a file to write, and is a folder"):
+        doctor.check_installation(str(tmp_path))
+    assert capsys.readouterr().out == ""
 
 
 def test_this_installation_has_what_medvl_needs():

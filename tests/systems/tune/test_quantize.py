@@ -55,6 +55,7 @@ def test_what_cannot_be_asked_for_is_named(trained):
         ("--method must be one of awq, round, nf4, got 'gptq'", {"method": "gptq"}),
         ("group must be 32, 64, 128 or -1", {"group": 7}),
         ("merged: there is no such folder", {"variant": "merged"}),
+        ("--variant must be base or merged, got 'nf4'", {"variant": "nf4"}),
     ):
         with pytest.raises(ValueError, match=match):
             quantize.quantize(str(trained), log=quiet, **options)
