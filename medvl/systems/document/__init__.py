@@ -14,7 +14,7 @@ from medvl.documents.sources import build_data
 from medvl.language.conversations import Conversation, Reader, read_conversations
 from medvl.phantoms.pages import draw_fixed_pages
 from medvl.systems.document.record import Config
-from medvl.systems.document.score import assess, compare_answers
+from medvl.systems.document.score import assess, check_pages, compare_answers
 from medvl.systems.system import Log, Question, System
 from medvl.systems.tune import run
 from medvl.systems.tune.variants import calibration, find_variant
@@ -24,13 +24,16 @@ def prepare(cfg: Any, log: Log) -> Reader:
     """Put the data in place: pages are drawn, public data sets fetched; what is there already is kept.
 
     Raises:
-        ValueError: as `sources.build_data` and `tune.run.prepare`; pages that are to be read by OCR cannot be.
+        ValueError: as `sources.build_data`, `tune.run.prepare` and `score.check_pages`; pages that are to be read by
+            OCR cannot be.
     """
     if cfg.evaluate.rules:
         check_reader()  # needed after training only, but then it would be too late to say so
     if cfg.data.source == "public":
         build_data(cfg.data.fetched, log)
-    return run.prepare(cfg, log)
+    read = run.prepare(cfg, log)
+    check_pages(read("train"), read("test"))
+    return read
 
 
 def bench_questions(cfg: Any) -> Sequence[Conversation]:

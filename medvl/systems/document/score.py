@@ -1,6 +1,7 @@
 """Answers about pages are scored by their fields, over all pages and for each damage."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from attrs import evolve
 from torch import Generator
 
 from medvl.base import files
+from medvl.base.text import short
 from medvl.base.tree import Tree
 from medvl.documents.fields import Fields, fields_to_json, leaves, read_answer
+from medvl.documents.prose import SECTIONS, section_of
 from medvl.documents.read_page import read_page_once
 from medvl.documents.rules import extract_by_rules
 from medvl.documents.score import PageScore, compare_runs, score_page, score_results
@@ -25,6 +28,7 @@ from medvl.language.vision import open_item
 from medvl.phantoms.page_damage import DAMAGES
 from medvl.systems.tune import run as tune_run
 
+_log = logging.getLogger("medvl")
 _CONSTANT = "constant answer"  # the most frequent training answer to a kind of page
 _RULES = "OCR and rules"  # what `documents.rules` makes of the words that `documents.read_page` reads
 
@@ -108,13 +112,42 @@ def compare_answers(cfg: Any, folder: Path, other: Path) -> list[Result]:
     )
 
 
+def check_pages(train: Sequence[Conversation], test: Sequence[Conversation]) -> None:
+    """Raise before training what scoring would raise; warn of documents that are trained and tested.
+
+    Raises:
+        ValueError: as `gold_fields`.
+    """
+    for conversation in test:
+        gold_fields(conversation)
+    trained, tested = (
+        {str(c.extra["document"]) for c in part if "document" in c.extra} for part in (train, test)
+    )
+    if both := sorted(trained & tested):
+        _log.warning(
+            "%d of %d documents of the test split are in the training split, too, such as %s: their scores say "
+            "nothing of unseen pages",
+            len(both),
+            len(tested),
+            both[0],
+        )
+
+
 def gold_fields(conversation: Conversation) -> Fields:
     """What a page says: its "fields", or those of the written answer.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or "fields" holds what is none.
     """
     given = conversation.extra.get("fields")
+    if given is not None:
+        # What no field takes would become running text, and the page be scored by that.
+        parts = {k: v for k, v in given.items() if section_of(k) != "text"} if isinstance(given, dict) else {}
+        if unread := read_answer(json.dumps(parts)).text or not isinstance(given, dict):
+            raise ValueError(
+                f'{conversation.place}: "fields" must be an object of {", ".join(SECTIONS)} as fields_to_json writes '
+                f"it, found {short(given if unread is True else unread)}"
+            )
     written = conversation.messages[-1]["content"] if given is None else json.dumps(given)
     fields = read_answer(written)
     if not leaves(fields):

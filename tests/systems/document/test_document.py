@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from PIL import Image
 
 from medvl.base import config
 from medvl.commands import data
+from medvl.commands.experiments import print_labels, print_memory
 from medvl.documents import read_page
 from medvl.documents.fields import fields_to_json
 from medvl.evaluation import results
 from medvl.language.conversations import Conversation
 from medvl.phantoms.page_records import KINDS
 from medvl.phantoms.pages import PageConfig, draw_page, standard_pages
-from medvl.systems import card, document, run
+from medvl.systems import bench, card, document, quantize, run
 from medvl.systems.document import SYSTEM, ask, score
 from medvl.systems.system import Question
 from medvl.systems.tune import run as tune_run
@@ -96,6 +98,18 @@ def test_a_system_without_variants_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RUNS", tmp_path)
     with pytest.raises(ValueError, match="a ct_clip experiment has no variants"):
         run.evaluate("ctclip_phantom", variant="base")
+
+
+def test_the_command_that_makes_a_missing_base_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "EXPERIMENTS", tmp_path)
+    (tmp_path / "toy_base.toml").touch()
+    path = tmp_path / "toy.json"
+    path.write_text(json.dumps(record(tmp_path) | {"model": {"name": "models/toy_base"}}))
+    ask_nf4 = partial(run.evaluate, variant="nf4")
+    for verb in (run.run, bench.bench, quantize.quantize, print_labels, print_memory, ask_nf4):
+        with pytest.raises(ValueError, match="`invoke pipeline --exp toy` trains the experiment toy_base"):
+            verb(str(path))
 
 
 def test_pages_read_by_rules_are_scored_beside_the_model(tmp_path, monkeypatch):
@@ -213,3 +227,46 @@ def test_a_page_without_fields_is_named():
     )
     with pytest.raises(ValueError, match="conversation 7: the page must have fields to be scored by"):
         score.gold_fields(page)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ([1, 2], "[1, 2]"),
+        ("COPD", '"COPD"'),
+        ({"diagnoses": [{"name": "COPD"}], "bloods": 3}, '"bloods: 3"'),
+        ({"medications": [{"name": "Lasix", "colour": "white"}]}, "white"),
+    ],
+)
+def test_fields_that_are_none_are_named(fields, found):
+    turns = ({"role": "user", "content": "Read."}, {"role": "assistant", "content": "COPD"})
+    page = Conversation(messages=turns, id="7", extra={"fields": fields})
+    with pytest.raises(ValueError, match='conversation 7: "fields" must be an object of kind, patient') as e:
+        score.gold_fields(page)
+    assert found in str(e.value)
+
+
+def test_running_text_beside_fields_is_none_of_them():
+    turns = ({"role": "user", "content": "Read."}, {"role": "assistant", "content": "COPD"})
+    given = {"diagnoses": [{"name": "COPD"}], "text": "No fracture."}
+    fields = score.gold_fields(Conversation(messages=turns, id="7", extra={"fields": given}))
+    assert (fields.diagnoses[0].name, fields.text) == ("COPD", "No fracture.")
+
+
+def test_pages_of_files_are_checked_before_training(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    for split in tune_run.SPLITS:
+        lines = []
+        for page in conversations(2):
+            extra = dict(page.extra, document=f"{split if split == 'valid' else ''}{page.id}")
+            lines.append(json.dumps({"messages": page.messages} | extra) + "\n")
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines))
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(record(tmp_path) | {"data": {"folder": str(tmp_path / "data")}}))
+    cfg, _ = run.resolve(str(path))
+    SYSTEM.prepare(cfg, lambda _: None)
+    assert "2 of 2 documents of the test split are in the training split, too, such as 0" in caplog.text
+    empty = {"messages": [*conversations(1)[0].messages[:1], {"role": "assistant", "content": "{}"}]}
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps(empty) + "\n")
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: the page must have fields to be scored by"):
+        SYSTEM.prepare(cfg, lambda _: None)
