@@ -88,9 +88,7 @@ class Fields:
 
 def fields_to_json(fields: Fields) -> str:
     """The fields as compact JSON, what is empty left out; keys stand in the order of the records."""
-    tree = asdict(fields)
-    del tree["read_as"]
-    return json.dumps(_without_empty(tree), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(asdict(fields, filter=_is_stated), ensure_ascii=False, separators=(",", ":"))
 
 
 def leaves(fields: Fields) -> dict[str, str]:
@@ -99,9 +97,11 @@ def leaves(fields: Fields) -> dict[str, str]:
     Paths are such as "patient/age", "labs/0/value", "procedures/1" and "text". A medication as needed has
     the leaf "medications/0/prn": "PRN". `kind` is not printed and has none.
     """
-    tree = asdict(fields)
-    del tree["read_as"], tree["kind"]
-    return dict(_flatten(tree, ""))
+    return dict(_flatten(asdict(evolve(fields, kind=""), filter=_is_stated), ""))
+
+
+def _is_stated(attribute: Any, value: Any) -> bool:
+    return attribute.name != "read_as" and value not in ("", False, (), Patient())
 
 
 def read_answer(text: str) -> Fields:
@@ -291,16 +291,6 @@ _NOTHING = (
     "unknown",
     *(f"not {x}" for x in ("available", "provided", "specified", "mentioned")),
 )
-
-
-def _without_empty(tree: Any) -> Any:
-    """A tree of dicts and lists without "", False, {} and []."""
-    if isinstance(tree, dict):
-        parts = {key: _without_empty(value) for key, value in tree.items()}
-        return {key: value for key, value in parts.items() if value}
-    if isinstance(tree, list | tuple):
-        return [_without_empty(value) for value in tree]
-    return tree
 
 
 def _flatten(tree: Any, path: str) -> Iterator[tuple[str, str]]:
