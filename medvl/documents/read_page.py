@@ -15,10 +15,9 @@ from medvl.documents.words import Box, Word, join_boxes, lines_of, part_of_box, 
 from medvl.language.images import Picture, to_rgb
 
 _MISSING = "reading pages needs rapidocr and onnxruntime; pip install 'medvl[ocr]'"
+# To be changed with all that changes words or boxes: those that are kept are for one reader.
+_READER = "PP-OCRv6 small, 1"
 # The longer side of what is read: a letter page at 180 dpi. It bounds memory and time of any page.
-_READER = (
-    "PP-OCRv6 small, 1"  # to be changed with all that changes words or boxes: those kept are for one reader
-)
 _LONGEST = 2000
 _LONGEST_FOUND = 1280
 _STRIP = 20  # times as long as wide: shrunk to `_LONGEST`, no letter of a longer strip can be read
@@ -64,7 +63,8 @@ def read_page(image: Picture) -> list[Word]:
     for line in lines_of(words):
         for cell in words_of_cells(line):
             tight += tighten_boxes(grey, cell)
-    return [_enlarged(word, scale) for word in tight]
+    boxes = [(np.array(word.box) * scale).tolist() for word in tight]
+    return [Word(word.text, tuple(box), word.score) for word, box in zip(tight, boxes, strict=True)]
 
 
 def read_page_once(image: Picture, folder: PathLike) -> list[Word]:
@@ -191,8 +191,3 @@ def _ink(grey: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] | None:
 def _hull(corners: Any) -> Box:
     """The upright box around four corners."""
     return join_boxes((float(x), float(y), float(x), float(y)) for x, y in corners)
-
-
-def _enlarged(word: Word, scale: float) -> Word:
-    left, top, right, bottom = word.box
-    return Word(word.text, (left * scale, top * scale, right * scale, bottom * scale), word.score)
