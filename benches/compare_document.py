@@ -69,7 +69,7 @@ def main() -> None:
         rows = (
             [] if name == "trained" else compare_runs(scores["trained"], scores[name], split="test", gen=gen)
         )
-        for row in rows:
+        for row in [row for row in rows if row.n]:
             print(
                 f"F1 of {row.subject}, trained minus {name}: {row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}], "
                 f"p = {row.extra['p']:.4f}, n = {row.n}"
