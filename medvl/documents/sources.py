@@ -217,6 +217,9 @@ def _write_tables(cfg: SourcesConfig, folder: Path, downloads: Mapping[str, Any]
         "made_of": made_of,
     }
     _write_json(path, summary)
+    for name, reasons in left_out.items():
+        if reasons:
+            log(f"{name}: conversations left out: {_listed(reasons)}")
     log(f"{path}: {', '.join(f'{number} {split}' for split, number in summary['splits'].items())}")
     return summary
 

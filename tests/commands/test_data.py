@@ -31,12 +31,14 @@ def test_data_sets_of_a_record(tmp_path, capsys):
         {"id": str(i), "text": f"Patient {i} was given Lasix 40 mg IV for oedema of both legs, {i}."}
         for i in range(9)
     ]
+    lines.append({"id": "9", "text": "He went home."})
     notes.write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = tmp_path / "documents.toml"
     record.write_text(f'[data]\nsources = [{{name = "notes", kind = "notes", path = "{notes}"}}]\n')
     data.fetch(str(record), (f"data.folder={tmp_path / 'out'}",))
     said = capsys.readouterr().out
-    assert "notes: 9 rows of" in said
+    assert "notes: 10 rows of" in said
+    assert "notes: conversations left out: 1 of an answer shorter than 50 characters\n" in said
     assert said.endswith("not for commercial use: the licence of a source does not grant it\n")
     tables = [(tmp_path / f"out/{split}.jsonl").read_text() for split in ("train", "valid", "test")]
     assert sum(table.count("\n") for table in tables) == 9

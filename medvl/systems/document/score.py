@@ -53,8 +53,12 @@ def assess(
     )
     system.remove_unfinished_answers(folder)
     rows = to_results(cfg, conversations, scores, experiment)
-    constant = constant_answers(read("train"), conversations)
-    rows += _baseline(cfg, conversations, constant, _CONSTANT, experiment)
+    # Where one file stands for all splits, the most frequent answers would be those that are scored.
+    if tune_run.split_path(cfg, "train") != tune_run.split_path(cfg, "test"):
+        constant = constant_answers(read("train"), conversations)
+        rows += _baseline(cfg, conversations, constant, _CONSTANT, experiment)
+    else:
+        _log.warning("%s: has no training split, so no constant answer is scored", cfg.data.conversations)
     by_rules = conversations[: cfg.evaluate.rules]
     if by_rules:
         words = tune_run.data_folder(cfg) / "page_words"

@@ -17,7 +17,7 @@ from medvl.documents.fields import fields_to_json
 from medvl.evaluation import results
 from medvl.language.conversations import Conversation
 from medvl.phantoms.page_records import KINDS
-from medvl.phantoms.pages import PageConfig, draw_page, standard_pages
+from medvl.phantoms.pages import PageConfig, draw_fixed_pages, draw_page, standard_pages
 from medvl.systems import bench, card, document, quantize, run
 from medvl.systems.document import SYSTEM, ask, score
 from medvl.systems.system import Question
@@ -92,6 +92,14 @@ def test_a_variant_is_scored_beside_the_run(trained):
     ):
         run.evaluate(str(folder), log=lambda _: None, variant="best")
     assert not (folder / "results-best").exists()
+
+
+def test_pages_without_a_training_split_have_no_constant_answer(trained, tmp_path, caplog):
+    _, folder = trained
+    draw_fixed_pages(tmp_path, "grid")
+    rows = run.evaluate(str(folder), (f"data.conversations={tmp_path / 'suite.jsonl'}",), log=lambda _: None)
+    assert not [row for row in rows if "constant answer" in row.subject]
+    assert "has no training split, so no constant answer is scored" in caplog.text
 
 
 def test_a_system_without_variants_says_so(tmp_path, monkeypatch):
