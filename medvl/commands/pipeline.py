@@ -141,6 +141,8 @@ def check_pipeline(exp: str, overrides: Sequence[str] = ()) -> int:
 
 def _red_gates(work: Work, phase: str) -> list[str]:
     """The faults in the files of a phase, each with its file."""
+    if phase == "model" and (base := run.base_experiment(work.cfg)):
+        return [f"{work.cfg.model.name}: must be there, trained by the experiment {base}"]
     faults = gates.check_folder(work.folder)
     own = [gate for gate in GATES if gate.phase == phase]
     return [f"{work.folder / gate.file}: {fault}" for gate in own for fault in faults[gate.file]]

@@ -8,7 +8,7 @@ from attrs import asdict, evolve
 
 from medvl.base import config, files
 from medvl.base.tree import Tree
-from medvl.hub.checkpoints import new_folder
+from medvl.hub.checkpoints import check_new_folder, new_folder
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat, compare
 from medvl.language.compare import Distance
@@ -67,7 +67,7 @@ def export_run(
         raise ValueError(
             f"export: {folder} is a run of {config.system_of(folder)}, which has no model to export"
         )
-    files.check_writable(out, folder=True)
+    check_new_folder(out)
     model, params = system.load(folder)
     if model.adapter is None:
         raise ValueError(

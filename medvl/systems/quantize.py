@@ -68,7 +68,8 @@ def quantize(
     quantized, used, reason = quantize_weights(model, params["model"], data, method, rounding)
     chat.save_chat(model.chat, quantized, target)
     before = sum(weight.numel() * weight.element_size() for weight in params["model"].values())
-    after = sum(measure.file_sizes(target).values())
+    # Without the tokenizer and other files, which are not among the bytes before.
+    after = sum(size for name, size in measure.file_sizes(target).items() if name.endswith(".safetensors"))
     info = {
         "asked": method,
         "method": used,

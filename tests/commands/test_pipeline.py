@@ -89,6 +89,14 @@ def test_a_second_call_runs_nothing_and_says_so(finished):
     assert lines[:-1] == [f"{phase}: its gates are green, nothing to do" for phase in pipeline.PHASES]
 
 
+def test_a_model_that_was_removed_is_made_anew(finished):
+    model = finished[1] / "models" / "toy_base"
+    away = model.rename(model.with_name("away"))
+    with pytest.raises(ValueError, match="phase model is red: models/toy_base: must be there, trained by"):
+        pipeline.run_pipeline("toy", log=lambda line: None, make=lambda *phase: None)
+    away.rename(model)
+
+
 @pytest.mark.parametrize(
     "damage", [lambda text: text[: len(text) // 2], lambda text: ""], ids=["cut", "empty"]
 )
