@@ -1,6 +1,6 @@
 """document: a vision-language model that reads medical pages into fields; adapted as in tune, scored by fields."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from attrs import evolve, frozen
 
@@ -11,6 +11,16 @@ from medvl.phantoms.pages import PageConfig
 from medvl.systems.tune import record as tune
 from medvl.training.record import TrainConfig, language_training
 from medvl.weights.lora import LoraConfig
+
+# The layout of pages of notes was a setting once; it is fixed now, as the default was.
+_PAGE = {"width": 850, "height": 1100, "margin": 60, "font": "DejaVuSans", "font_size": 16, "line_height": 21}
+
+
+def upgrade_sources(table: dict[str, Any]) -> dict[str, Any]:
+    """Public data sets as records of 2026-11-27 have them, in the present spelling. Another layout stays an error."""
+    if table.get("page") == _PAGE:
+        return {key: value for key, value in table.items() if key != "page"}
+    return table
 
 
 @frozen(kw_only=True)
@@ -24,7 +34,8 @@ class DataConfig:
     source: Literal["files", "pages", "public"] = "files"
     folder: str = "data/documents"
     pages: PageConfig = PageConfig()  # what is drawn
-    public: SourcesConfig = SourcesConfig()  # fetched into `folder`; it has no other folder
+    # Fetched into `folder`; it has no other folder.
+    public: SourcesConfig = config.table(SourcesConfig(), upgrade=upgrade_sources)
     conversations: str = "{folder}/{split}.jsonl"
     root: str = ""  # where relative image names start; "" = the folder of the JSONL
 
