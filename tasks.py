@@ -200,10 +200,10 @@ def bench(c, exp, set_=None, variant="base", new_tokens="64", batch="8"):
         "method": "awq, round or nf4; where the first two cannot, nf4 is taken and the reason kept",
         "variant": "base or merged",
         "samples": "training conversations for awq",
-        "group": "values that share a scale: 32, 64, 128, or -1 for a whole row",
+        "group": "values that share a scale: 32, 64, 128, or -1 for a whole row; 0 = 128, or fewer where the rows need it",
     },
 )
-def quantize(c, exp, set_=None, method="awq", variant="base", samples="128", group="128"):
+def quantize(c, exp, set_=None, method="awq", variant="base", samples="128", group="0"):
     """Write an experiment's model in four bits, as a folder that vLLM and transformers open."""
     from medvl.systems import quantize
 
@@ -219,11 +219,11 @@ def quantize(c, exp, set_=None, method="awq", variant="base", samples="128", gro
         "as_": "merged (transformers opens it), int4 (merged, in four bits) or peft (peft and vLLM open it)",
         "base": "merged and int4: seen = onto the weights that the adapter was trained on, full = onto the model as it came",
         "quantize": "merged: nf4 or fp4 rounds the merged model to four bits again",
-        "group": "int4: values that share a scale: 32, 64, 128, or -1 for a whole row",
+        "group": "int4: values that share a scale, as of quantize",
         "bound": "merged and int4: refuse to lose more than this share of what the adapter learned",
     },
 )
-def export(c, run, out, as_="merged", base="seen", quantize="none", group="128", bound="0.05"):
+def export(c, run, out, as_="merged", base="seen", quantize="none", group="0", bound="0.05"):
     """Write a trained run as a folder for other programs, with a model card; merged models are compared with the run."""
     _needs(run=run, out=out)
     from medvl.systems import export

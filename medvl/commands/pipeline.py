@@ -169,6 +169,7 @@ def _model(work: Work) -> None:
         _train_once(base, (), folder)
         with checkpoints.new_folder(name) as tmp:
             shutil.copytree(folder / "model", tmp, dirs_exist_ok=True)
+            files.write_text(tmp / run.TRAINED_BY, folder.name + "\n")
     assert work.system.variant is not None
     # Opened once, so that all its files are here, and whole.
     work.system.variant(work.cfg, work.run, "base").open()
@@ -198,12 +199,7 @@ def _quantize(work: Work) -> None:
         info.unlink(missing_ok=True)
         if target.exists():
             shutil.rmtree(target)
-        raw = checkpoints.read_json(checkpoints.find_file(work.cfg.model.name, ("config.json",)))
-        decoder = raw.get("text_config", raw)
-        rows = [decoder.get(key, 1) for key in ("hidden_size", "intermediate_size")]
-        # 128 values share a scale, or fewer where that does not divide the rows.
-        group = next((size for size in (128, 64, 32) if not any(row % size for row in rows)), -1)
-        quantize.quantize(work.exp, work.overrides, group=group, log=LOG)
+        quantize.quantize(work.exp, work.overrides, log=LOG)
     work.write(info.name, info.read_text(encoding="utf-8"))
 
 

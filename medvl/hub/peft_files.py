@@ -166,7 +166,7 @@ def write_adapter(
     if routed:
         raise ValueError(
             f"write_adapter: {few(routed)} of {adapter} have routers (H-LoRA), which peft has no "
-            "place for; use write_hlora"
+            "place for; write_hlora writes HealthGPT's format, which RUN/adapter has"
         )
     state: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():

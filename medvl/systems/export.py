@@ -14,7 +14,7 @@ from medvl.language import chat, compare
 from medvl.language.compare import Distance
 from medvl.language.system import LanguageModel
 from medvl.systems import card, run
-from medvl.systems.quantize import CALIBRATION, quantize_weights
+from medvl.systems.quantize import CALIBRATION, choose_rounding, quantize_weights
 from medvl.systems.system import Log, System
 from medvl.weights import four_bit, int4, lazy, lora
 from medvl.weights.lora import Adapter
@@ -32,7 +32,7 @@ def export_run(
     *,
     base: str = "seen",
     quantize: str = "none",
-    group: int = 128,
+    group: int = 0,
     bound: float = BOUND,
     log: Log = print,
 ) -> Path:
@@ -46,7 +46,7 @@ def export_run(
         base: "seen" merges into the weights that the adapter was trained on (4-bit ones written out), "full" into
             those of the model as it came.
         quantize: "nf4" or "fp4" rounds the merged model to 4 bits again.
-        group: of "int4", values that share a scale.
+        group: of "int4", values that share a scale; 0 = as `quantize.choose_rounding`.
         bound: the share of what the adapter learned that may be lost, see `compare.Distance`.
     Raises:
         ValueError: no trained run, one without an adapter or with one that peft has no place for; a folder that is
@@ -78,7 +78,7 @@ def export_run(
     merged: Tree = {}
     if kind != "peft":
         method = "awq" if kind == "int4" else quantize
-        rounding = int4.Int4Config(group=group)
+        rounding = choose_rounding(model, group)
         merged, quantize, distance = merge(
             system, model, params, adapter, folder, base=base, quantize=method, rounding=rounding
         )

@@ -45,6 +45,8 @@ def check_folder(folder: Path) -> dict[str, list[str]]:
             for key in gate.keys.split():
                 content[key]
             demands = gate.demands(content, green)
+        except FileNotFoundError:
+            demands, remedy = [(False, "must be there", "no such file")], _ANEW
         # JSON may hold any shape: a number where a list must be.
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             demands, remedy = [(False, "must be whole, with all its keys", f"{type(e).__name__}: {e}")], _ANEW

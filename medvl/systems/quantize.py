@@ -31,7 +31,7 @@ def quantize(
     *,
     variant: str = "base",
     samples: int = CALIBRATION,
-    group: int = 128,
+    group: int = 0,
     log: Log = print,
 ) -> Path:
     """Write `RUN/int4`, the model with the matrices of its decoder in four bits, and `RUN/quantization_info.json`.
@@ -43,7 +43,7 @@ def quantize(
             bits, "nf4" takes the codes of QLoRA.
         variant: "base", or "merged" where `invoke export` wrote it into the run folder.
         samples: training conversations for "awq".
-        group: values that share a scale: 32, 64, 128, or -1 for a row.
+        group: values that share a scale: 32, 64, 128, or -1 for a row; 0 = as `choose_rounding`.
     Raises:
         ValueError: no such experiment, method or variant; a folder that is there already.
     """
@@ -51,7 +51,8 @@ def quantize(
         raise ValueError(f"quantize: --method must be one of {', '.join(METHODS)}, got {method!r}")
     if variant not in ("base", "merged"):
         raise ValueError(f"quantize: --variant must be base or merged, got {variant!r}")
-    rounding = int4.Int4Config(group=group)
+    if group:
+        int4.Int4Config(group=group)  # refused before a model is read
     cfg, folder = run.resolve(exp, overrides)
     system = run.find_system(cfg.system)
     if system.variant is None or system.calibration is None:
@@ -65,6 +66,7 @@ def quantize(
     if method == "awq":
         system.prepare(cfg, log)
         data = chat.encode_conversations(model.chat, system.calibration(cfg)[:samples])
+    rounding = choose_rounding(model, group)
     quantized, used, reason = quantize_weights(model, params["model"], data, method, rounding)
     chat.save_chat(model.chat, quantized, target)
     before = sum(weight.numel() * weight.element_size() for weight in params["model"].values())
@@ -75,7 +77,7 @@ def quantize(
         "method": used,
         "reason": reason,
         "variant": variant,
-        "group": group,
+        "group": rounding.group,
         "samples": len(data.samples) if data is not None else 0,
         "seconds": time.monotonic() - start,
         "bytes_before": before,
@@ -85,6 +87,20 @@ def quantize(
     files.write_text(folder / "quantization_info.json", json.dumps(info, indent=1) + "\n")
     log(f"{used}: {before / 1e9:.3f} -> {after / 1e9:.3f} GB ({after / before:.0%}); written: {target}")
     return target
+
+
+def choose_rounding(model: LanguageModel, group: int = 0) -> int4.Int4Config:
+    """Groups of so many values, or, for 0, of 128, or fewer where that does not divide the rows of the decoder."""
+    if group:
+        return int4.Int4Config(group=group)
+    config: Any = model.chat.skeleton.module.config
+    decoder = config.get_text_config()
+    heads = decoder.num_attention_heads
+    head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+    rows = (decoder.hidden_size, decoder.intermediate_size, heads * head_dim)
+    return int4.Int4Config(
+        group=next((size for size in (128, 64, 32) if not any(row % size for row in rows)), -1)
+    )
 
 
 def quantize_weights(

@@ -29,6 +29,7 @@ from medvl.training.record import training_tables
 _log = logging.getLogger("medvl")
 EXPERIMENTS = Path("experiments")
 RUNS = Path("runs")
+TRAINED_BY = "trained_by.txt"  # in a folder models/EXPERIMENT: the run that trained it
 
 
 def system_names() -> list[str]:
@@ -254,10 +255,26 @@ def check_base(cfg: Any, folder: Path) -> None:
 
 
 def base_experiment(cfg: Any) -> str:
-    """The experiment that trains the model of a record, where model.name is models/EXPERIMENT and not there; else ""."""
+    """The experiment that trains the model of a record, where model.name is models/EXPERIMENT and not there; else "".
+
+    Warns of a model that the experiment trained before its record was changed.
+    """
     path = Path(getattr(getattr(cfg, "model", None), "name", ""))
-    makes_it = path.parent == Path("models") and (EXPERIMENTS / f"{path.name}.toml").is_file()
-    return path.name if makes_it and not path.exists() else ""
+    if path.parent != Path("models") or not (EXPERIMENTS / f"{path.name}.toml").is_file():
+        return ""
+    if not path.exists():
+        return path.name
+    if (path / TRAINED_BY).is_file():
+        used, present = (path / TRAINED_BY).read_text(encoding="utf-8").strip(), resolve(path.name)[1].name
+        if used != present:
+            _log.warning(
+                "%s: is of the run %s, but the experiment %s is now %s; remove the folder to train it anew",
+                path,
+                used,
+                path.name,
+                present,
+            )
+    return ""
 
 
 def _describe(folder: Path, cfg: Any) -> None:

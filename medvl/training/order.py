@@ -32,8 +32,8 @@ def batch_indices(
     batches_per_epoch = len(members) // size
     if not batches_per_epoch:
         raise ValueError(
-            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower "
-            "the batch size"
+            f"batches: a batch of {size} needs as many different samples (or groups of them, such as scans), found "
+            f"{len(members)}; lower the batch size"
         )
     if size < world:
         raise ValueError(

@@ -315,7 +315,7 @@ def test_experiments_without_a_pipeline_are_refused(at_work, capsys):
     assert not (at_work / "runs").exists()
 
 
-def test_a_training_says_which_command_makes_its_model(at_work):
+def test_a_training_says_which_command_makes_its_model(at_work, caplog):
     with pytest.raises(
         ValueError,
         match=r"models/toy_base must be a model .*; `invoke pipeline --exp toy` trains the experiment toy_base",
@@ -325,6 +325,13 @@ def test_a_training_says_which_command_makes_its_model(at_work):
     assert run.base_experiment(cfg) == "toy_base"
     (at_work / "models" / "toy_base").mkdir(parents=True)
     assert run.base_experiment(cfg) == ""
+    _, base = run.resolve("toy_base")
+    (at_work / "models" / "toy_base" / run.TRAINED_BY).write_text(base.name + "\n")
+    assert run.base_experiment(cfg) == ""
+    assert not caplog.records
+    (at_work / "models" / "toy_base" / run.TRAINED_BY).write_text("toy_base-00000000\n")
+    assert run.base_experiment(cfg) == ""
+    assert f"is of the run toy_base-00000000, but the experiment toy_base is now {base.name}" in caplog.text
     cfg, _ = run.resolve("toy", ("model.name=models/other",))
     assert run.base_experiment(cfg) == ""
 

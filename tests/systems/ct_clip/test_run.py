@@ -534,7 +534,7 @@ BROKEN = {
         r"fuse.dim must be the width of the slice encoder, 16, found 32",
     ),
     "unknown vit setting": ("vit.config.hiden_size=8", r"has no hiden_size"),
-    "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different groups"),
+    "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different samples"),
     "patch does not divide": ("vit.config.patch_size=5", r"multiples of the patch size 5"),
     "no text at all": ("data.draws=0", r"data.draws must be 1 or more, got 0"),
     "two rules for patients": (

@@ -90,7 +90,7 @@ def test_int4_is_measured_against_the_run_and_refused_where_it_loses_more(opened
     with pytest.raises(
         ValueError, match=r"in four bits by awq, the model loses .* more than the bound of 5.0%"
     ):
-        export.export_run(str(folder), tmp_path / "int4", "int4", group=-1, log=quiet)
+        export.export_run(str(folder), tmp_path / "int4", "int4", log=quiet)
     assert not [*tmp_path.iterdir()]
     target = export.export_run(str(folder), tmp_path / "int4", "int4", group=-1, bound=math.inf, log=quiet)
     about = json.loads((target / "export.json").read_text())
@@ -114,7 +114,7 @@ def test_int4_is_measured_against_the_run_and_refused_where_it_loses_more(opened
 
 def test_a_model_that_int4_has_no_groups_for_becomes_nf4_and_says_so(opened, tmp_path, caplog):
     _, _, _, folder = opened
-    target = export.export_run(str(folder), tmp_path / "int4", "int4", bound=math.inf, log=quiet)
+    target = export.export_run(str(folder), tmp_path / "int4", "int4", group=128, bound=math.inf, log=quiet)
     assert json.loads((target / "export.json").read_text())["quantize"] == "nf4"
     assert "quantize: not by awq, but by nf4: " in caplog.text
     assert "groups of 128" in caplog.text
