@@ -26,7 +26,9 @@ def test_an_epoch_visits_every_scan_once_and_all_volumes_come_up():
 def test_pure_in_seed_and_i():
     assert batch_indices(GROUPS, 6, 1)(17) == batch_indices(GROUPS, 6, 1)(17)
     assert batch_indices(GROUPS, 6, 1)(17) != batch_indices(GROUPS, 6, 2)(17)
-    with pytest.raises(ValueError, match=r"as many different groups \(scans\), found 18"):
+    with pytest.raises(
+        ValueError, match=r"as many different samples \(or groups of them, such as scans\), found 18"
+    ):
         batch_indices(GROUPS, 19, 0)
 
 
