@@ -64,6 +64,7 @@ def _joined(lines: list[str]) -> str:
     text = ""
     for line in lines:
         text += line + ("\n" if line.startswith(("- ", "|", "```json")) else "\n\n")
+    text = re.sub(r"(?<!\n)\n(?=## )", "\n\n", text)  # a heading behind a list
     return text.replace("\n\n```\n", "\n```\n").rstrip() + "\n"
 
 

@@ -145,12 +145,11 @@ def gold_fields(conversation: Conversation) -> Fields:
     """
     given = conversation.extra.get("fields")
     if given is not None:
-        # What no field takes would become running text, and the page be scored by that.
-        parts = {k: v for k, v in given.items() if section_of(k) != "text"} if isinstance(given, dict) else {}
-        if unread := read_answer(json.dumps(parts)).text or not isinstance(given, dict):
+        unread = _unread_part(given)
+        if unread is not None:
             raise ValueError(
                 f'{conversation.place}: "fields" must be an object of {", ".join(SECTIONS)} as fields_to_json writes '
-                f"it, found {short(given if unread is True else unread)}"
+                f"it, found {short(unread)}"
             )
     written = conversation.messages[-1]["content"] if given is None else json.dumps(given)
     fields = read_answer(written)
@@ -160,6 +159,15 @@ def gold_fields(conversation: Conversation) -> Fields:
             f"got {written[:60]!r}"
         )
     return fields
+
+
+def _unread_part(given: Any) -> Any:
+    """What of given "fields" no field takes; None where all is read. It would become running text, and the page be
+    scored by that."""
+    if not isinstance(given, dict):
+        return given
+    sections = {key: value for key, value in given.items() if section_of(key) != "text"}
+    return read_answer(json.dumps(sections)).text or None
 
 
 def constant_answers(train: Sequence[Conversation], test: Sequence[Conversation]) -> list[str]:

@@ -299,9 +299,8 @@ def compare_answers(cfg: Config, folder: Path, other: Path) -> list[Result]:
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
     """The lines of the answers.jsonl that `assess` wrote into a folder."""
-    with open(
-        folder / "answers.jsonl", encoding="utf-8"
-    ) as file:  # not by splitlines: answers hold any character
+    # Not by splitlines, which also ends a line at other characters of an answer.
+    with open(folder / "answers.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ def test_the_card_says_where_the_model_comes_from(opened, tmp_path):
     _, _, _, folder = opened
     export.export_run(str(folder), tmp_path / "merged", "merged", log=quiet)
     card = (tmp_path / "merged" / "README.md").read_text()
+    assert not re.search(r"[^\n]\n## ", card)  # headings stand apart
     assert card.startswith("---\nlibrary_name: transformers\n")
     for part in (
         "Research use only, not for diagnosis",
