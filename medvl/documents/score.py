@@ -169,9 +169,10 @@ def score_results(
     """Result rows of a run, with 95 % intervals by bootstrap of whole documents (none with one document).
 
     Rows: precision, recall and f1 of each kind and of "all"; hallucinated_value_rate (of the numbers stated),
-    omission_rate (of the fields on the page), abbreviation_share (of the right fields), text_word_f1 (of the words
-    of running text), coherence with its parts, and the reference_substring accuracies. The row's n is the number of documents that the value rests
-    on; without any it is nan. A handful of documents decides nothing: look at the interval.
+    omission_rate (of the fields on the page), abbreviation_share (of the right fields), text_word_f1 (of the
+    words of running text), coherence with its parts, and the reference_substring accuracies. The row's n is the
+    number of documents that the value rests on; without any it is nan. A handful of documents decides nothing:
+    look at the interval.
 
     Raises:
         ValueError: no scores.
