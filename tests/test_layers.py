@@ -9,7 +9,7 @@ import pytest
 
 PACKAGES = (
     *("base", "weights", "components", "evaluation", "hub", "training"),
-    *("ct", "language", "documents", "phantoms", "slides", "adapters", "systems", "commands"),
+    *("ct", "language", "documents", "phantoms", "slides", "adapters", "systems", "serve", "commands"),
 )
 DOORS = {  # a heavy package, and the only files that import it
     "transformers": ("hub",),
