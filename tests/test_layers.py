@@ -19,6 +19,7 @@ DOORS = {  # a heavy package, and the only files that import it
     "datasets": ("documents/source_rows.py",),
     "pyarrow": ("documents/source_rows.py",),
     "invoke": ("../tasks.py",),
+    "pypdfium2": ("serve/uploads.py",),
     "rapidocr": ("documents/read_page.py",),
 }
 ROOT = Path(__file__).resolve().parents[1]

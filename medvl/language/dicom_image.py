@@ -36,6 +36,7 @@ _TAGS = [
     "SharedFunctionalGroupsSequence",
 ]
 _DEFLATED = "1.2.840.10008.1.2.1.99"  # would be unpacked whole before anything is known of its size
+_MISSING = "is a DICOM file, which needs pydicom; pip install 'medvl[dicom]'"
 # What pydicom and its decoders raise on broken files.
 _BROKEN = (
     ArithmeticError,
@@ -82,7 +83,7 @@ def read_dicom(
         from pydicom import pixels
         from pydicom.errors import InvalidDicomError
     except ImportError as e:
-        raise ValueError(f"{where}: is a DICOM file, which needs pydicom; pip install 'medvl[dicom]'") from e
+        raise ValueError(f"{where}: {_MISSING}") from e
     try:
         size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
         # A bound on what is read at all, before anything is parsed: uncompressed colours of 16 bits take 6
@@ -95,7 +96,7 @@ def read_dicom(
         if image.SamplesPerPixel > 1:
             return _colours(values, None if only_deep else window)
         # For CT these are HU from here on; a slope may be a fraction.
-        greys = pixels.apply_rescale(values, image).astype(np.float64)
+        greys = pixels.apply_rescale(values, image).astype(np.float64, copy=False)
         folder = "" if isinstance(source, bytes) else str(Path(source).parent)
         window = _grey_window(image, greys, window, only_deep, folder)
         # A window of the file goes through pydicom, for the curves of VOILUTFunction (LINEAR, LINEAR_EXACT,
@@ -108,15 +109,37 @@ def read_dicom(
     return 255 - shown if image.PhotometricInterpretation == "MONOCHROME1" else shown
 
 
+def read_size(content: bytes, where: str) -> tuple[int, int, int]:
+    """(frames, columns, rows) of a DICOM file, of which no pixel is decoded.
+
+    Raises:
+        ValueError: as `read_dicom`, as far as its header tells.
+    """
+    try:
+        from pydicom.errors import InvalidDicomError
+    except ImportError as e:
+        raise ValueError(f"{where}: {_MISSING}") from e
+    try:
+        image = _parse(content)
+        return int(image.get("NumberOfFrames") or 1), int(image.Columns), int(image.Rows)
+    except (InvalidDicomError, *_BROKEN) as e:
+        raise ValueError(f"{where}: this DICOM file cannot be read: {e}") from e
+
+
 def window_greys(greys: np.ndarray, black: float, white: float) -> np.ndarray:
     """Greys as 0 at `black` to 255 at `white`, linear between them, uint8."""
-    return (((greys - black) / (white - black)).clip(0, 1) * 255).round().astype(np.uint8)
+    shown = np.empty(greys.shape, np.uint8)
+    # A few rows at a time: doubles of a whole page would take eight bytes a pixel, four times.
+    for start in range(0, len(greys), 256):
+        # float64 holds every integer of 32 bits, float32 does not.
+        rows = greys[start : start + 256].astype(np.float64)
+        shown[start : start + 256] = (((rows - black) / (white - black)).clip(0, 1) * 255).round()
+    return shown
 
 
-def _checked(content: bytes, most: int, frame: int | None) -> Any:
-    """The data set of a file, the pixels of whose frame may be decoded."""
+def _parse(content: bytes) -> Any:
+    """The data set of a file whose transfer syntax is one that is read, and which holds pixels."""
     from pydicom import dcmread, filereader, pixels
-    from pydicom.encaps import get_frame
 
     file = io.BytesIO(content)
     # Only the file meta information, group 0002, is read here: dcmread would unpack a deflated data set at
@@ -141,6 +164,15 @@ def _checked(content: bytes, most: int, frame: int | None) -> Any:
     # Enhanced objects keep rescaling and window per frame in functional groups, where nothing here looks.
     if "SharedFunctionalGroupsSequence" in image:
         raise ValueError("an enhanced object is not read; write the frame that is meant to a file of its own")
+    return image
+
+
+def _checked(content: bytes, most: int, frame: int | None) -> Any:
+    """The data set of a file, the pixels of whose frame may be decoded."""
+    from pydicom.encaps import get_frame
+
+    image = _parse(content)
+    syntax = image.file_meta.TransferSyntaxUID
     frames = image.get("NumberOfFrames") or 1
     # Which of several frames is meant is not guessed.
     if (frame is None and frames > 1) or not 0 <= (frame or 0) < frames:

@@ -50,6 +50,7 @@ def open_image(
     window: tuple[float, float] | None = None,
     only_deep: bool = False,
     full_range: bool = False,
+    most: int = LARGEST,
 ) -> Image.Image:
     """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
 
@@ -64,8 +65,9 @@ def open_image(
             folder that has both).
         full_range: without a window, show greys of more than 8 bits from their lowest to their highest; slices of
             NIfTI files need a window all the same.
+        most: pixels of a file that is decoded.
     Raises:
-        ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST`
+        ValueError: no such file, none of these formats, broken, truncated or empty; more than `most`
             pixels (refused before they are decoded); several pages and no `page`; deep greys and no window,
             or a window for colours.
     """
@@ -77,7 +79,7 @@ def open_image(
     # A preamble of 128 bytes, which may hold anything, and then these four (PS3.10, 7.1).
     if start[128:] == b"DICM":
         pixels = dicom_image.read_dicom(
-            source, name, most=LARGEST, frame=page, window=window, only_deep=only_deep
+            source, name, most=most, frame=page, window=window, only_deep=only_deep
         )
         return to_rgb(Image.fromarray(pixels), name)
     # No image begins as gzip does, or with the size of a NIfTI header in either byte order.
@@ -91,9 +93,9 @@ def open_image(
     with image:
         _seek_page(image, page, name)
         # Image.open has read the header only: the size is refused before its pixels take memory.
-        if image.width * image.height > LARGEST:
+        if image.width * image.height > most:
             raise ValueError(
-                f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it "
+                f"{name}: must have at most {most} pixels, got {image.width} x {image.height}; make it "
                 "smaller"
             )
         with _pillow_errors(name):
@@ -246,8 +248,6 @@ def _apply_window(name: str, image: Image.Image, window: tuple[float, float] | N
 
 
 def _shown(name: str, grey: np.ndarray, window: tuple[float, float] | None) -> Image.Image:
-    # float64 holds every integer of 32 bits, float32 does not.
-    grey = grey.astype(np.float64)
     if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
         raise ValueError(
             f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < "
