@@ -21,6 +21,8 @@ DOORS = {  # a heavy package, and the only files that import it
     "invoke": ("../tasks.py",),
     "pypdfium2": ("serve/uploads.py",),
     "rapidocr": ("documents/read_page.py",),
+    "llguidance": ("language/json_schema.py",),
+    "httpx": ("serve/remote.py",),
 }
 ROOT = Path(__file__).resolve().parents[1]
 

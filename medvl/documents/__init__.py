@@ -1,7 +1,8 @@
 """Medical pages: what stands on them as records, and how well an answer reads them.
 
 `fields` has the records of a page (patient, diagnoses, medications, labs, vitals, procedures), writes them as
-JSON and reads them from a model's answer, JSON by `loose_json` or running text by `prose`. `quantities`
+JSON and reads them from a model's answer, JSON by `loose_json` or running text by `prose`; `fields_schema` has their
+JSON schema, and reads a user's own. `quantities`
 compares numbers, units, flags and terms, and `score` answers with pages.
 
 `words` has the words of a page with their boxes, as lines in reading order and as text for prompts; `read_page`
