@@ -1,21 +1,27 @@
 """Where on a page each value of a record stands: the evidence for what a model or the rules say."""
 
 import difflib
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from attrs import frozen
+from attrs import evolve, field, frozen
 
 from medvl.documents.fields import Fields, leaves
 from medvl.documents.quantities import medical_terms
 from medvl.documents.words import Box, Word, join_boxes, lines_of, part_of_box
 
 _NEAR_MISS = 0.5  # score of a match that needs 0 to be O, 1 to be l or I, a point to be a comma
-_LOOK_ALIKES = str.maketrans("0oO1lI|,", "ooollll.")
+_LOOK_ALIKES = str.maketrans("0o1li|,", "oollll.")  # of folded text
 _LONG = 40  # letters: running text, of which a reader may have got a letter wrong
 _RUN = 8  # letters that must be equal in a row to count for a long text
 _SHARE = 0.8  # of a long text that must be on the page
+_ALMOST = 0.999  # the share of a text whose letters are all there, but not in one run
+_PAGE_GAP = 100  # lines between two pages: what stands on another page is far away
+_WRAPPED = 3  # lines below its name on which a value may stand
+_HEADER = 6  # lines from a patient's name or number to age and sex
+_NAMED = ("medications/", "labs/", "vitals/")  # records whose values stand beside their name
 
 
 @frozen
@@ -23,22 +29,33 @@ class Place:
     """Where a value stands.
 
     Attributes:
+        box: in pixels of its page; of a text that goes on on the next page, its part on the first.
         score: of the least sure word; halved where letters were taken for others that look alike, and
             multiplied by the share that is there of a long text.
+        page: number of the page, from 0.
+        is_exact: every letter of it is there, whatever the case and the spaces.
+        is_with_name: a value of a medication, test or vital sign stands with the name of that, age and sex with
+            the patient; True for others.
+        behind: the 20 letters that follow on the page, in lower case.
     """
 
     box: Box
     score: float
+    page: int = 0
+    is_exact: bool = True
+    is_with_name: bool = True
+    behind: str = field(default="", repr=False)
 
 
 @frozen
-class _Page:
-    """The text of a page in reading order, with a space between words, and what each of its characters is part of."""
+class _Pages:
+    """The text of pages in reading order, with a space between words, and what each of its characters is part of."""
 
     text: str
     words: tuple[Word, ...]
     places: tuple[tuple[int, int], ...]  # of each character: word, and place in it
     lines: tuple[int, ...]  # of each word
+    numbers: tuple[int, ...]  # of the page of each word
 
 
 @frozen
@@ -49,7 +66,6 @@ class _Match:
     stop: int
     place: Place
     line: int
-    is_near_miss: bool
 
 
 def locate(fields: Fields, words: Sequence[Word]) -> dict[str, Box | None]:
@@ -63,81 +79,170 @@ def locate(fields: Fields, words: Sequence[Word]) -> dict[str, Box | None]:
 
 
 def find_places(fields: Fields, words: Sequence[Word]) -> dict[str, Place | None]:
-    """As `locate`, with scores.
+    """As `locate`, with scores."""
+    return find_on_pages(fields, [words])
+
+
+def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, Place | None]:
+    """As `find_places` on several pages.
 
     A value is found at the boundaries of words and numbers ("5" is not in "25", "mg" not in "mg/dL"), in one word
-    or over several. Of several places the one is taken that is nearest to the other values of the same record
-    and not taken yet.
+    or over several; the value of a test and a dose is a whole quantity ("5" is not in "<5" or "5-10"). Of several
+    places the one is taken that is nearest to the other values of the same record and not taken yet. What stands
+    with a name goes to its record before others may take it.
     """
-    page = _read_words(words)
+    text = _read_words(pages)
     values = leaves(fields)
-    matches = {path: _find(page, path, value) for path, value in values.items()}
-    places: dict[str, Place | None] = dict.fromkeys(matches)
+    matches = {path: _find(text, path, value) for path, value in values.items()}
     records: dict[str, list[str]] = {}
     for path in matches:
         records.setdefault(path.rpartition("/")[0], []).append(path)
     taken = set[int]()  # characters
-    previous: _Match | None = None
+    best = dict[str, _Match]()
+    anchors = dict[str, _Match]()
+
+    def take(path: str, record: str, only_with_name: bool = False) -> None:
+        free = [] if path in best else _untaken(matches[path], taken)
+        if only_with_name:
+            free = [match for match in free if _is_with_name(path, match, anchors)]
+        if free:
+            best[path] = min(free, key=lambda match: _distance(anchors[record], match))
+            taken.update(range(best[path].start, best[path].stop))
+
+    def settle(record: str, lines: Collection[int] = ()) -> None:
+        """Choose where a record stands, on none of some lines, and take the value there."""
+        free = {}
+        for path in records[record]:
+            left = _untaken(matches[path], taken)
+            free[path] = [match for match in left if match.line not in lines]
+        path, anchor = _choose_anchor(free, next(reversed(anchors.values()), None))
+        if anchor is not None:
+            anchors[record] = anchor
+            take(path, record)
+
     # Running text first: a diagnosis that it states stands elsewhere, too.
-    for paths in sorted(records.values(), key=lambda paths: paths != ["text"]):
-        anchor = _choose_anchor([_untaken(matches[path], taken) for path in paths], previous)
-        if anchor is None:
+    nameless = list[str]()
+    for record, paths in sorted(records.items(), key=lambda item: item[1] != ["text"]):
+        if record.startswith(_NAMED) and not matches.get(f"{record}/name"):
+            nameless.append(record)
             continue
-        best = dict[str, _Match]()
+        settle(record)
+        if record in anchors and not record.startswith(_NAMED):
+            # Long ones first: the 21 of a date is no age.
+            for path in sorted(paths, key=lambda path: -len(values[path])):
+                take(path, record, only_with_name=True)
+    # An entry that is made up must not take the values of a line that has a name.
+    lines = {anchor.line for record, anchor in anchors.items() if record.startswith(_NAMED)}
+    for record in nameless:
+        settle(record, lines)
+    for record in anchors:
+        for path in records[record]:
+            take(path, record, only_with_name=True)
+    for record, paths in records.items():
+        if record not in anchors:
+            settle(record)
         for path in paths:
-            if free := _untaken(matches[path], taken):
-                best[path] = min(free, key=lambda match: _distance(anchor, match))
-                taken.update(range(best[path].start, best[path].stop))
-        for path in best:
+            take(path, record)
+
+    places: dict[str, Place | None] = dict.fromkeys(matches)
+    for record in anchors:
+        located = [path for path in records[record] if path in best]
+        for path in located:
             # Equal values ("6.0 mg/dL, 6.0-8.3") in the order in which a page names them.
-            equal = [other for other in best if values[other] == values[path]]
+            equal = [other for other in located if values[other] == values[path]]
             ordered = sorted((best[other] for other in equal), key=lambda match: match.start)
-            places[path] = ordered[equal.index(path)].place
-        previous = anchor
+            match = ordered[equal.index(path)]
+            places[path] = evolve(match.place, is_with_name=_is_with_name(path, match, anchors))
     return places
+
+
+def _is_with_name(path: str, match: _Match, anchors: Mapping[str, _Match]) -> bool:
+    """Whether a value stands on the line of its record's name or wrapped below, and no other name between them.
+
+    Names in another column of the page, left of this one or right of the value, are not between. Age and sex of a
+    patient stand near the other values of it.
+    """
+    record, _, name = path.rpartition("/")
+    anchor = anchors[record]
+    down = match.line - anchor.line
+    if record == "patient" and name in ("age", "sex"):
+        return abs(down) <= _HEADER
+    if not record.startswith(_NAMED):
+        return True
+    if not 0 <= down <= _WRAPPED:
+        return False
+    first, last = sorted((anchor, match), key=lambda end: end.start)
+    # What is wrapped to the left of its name is running text: names at the end of its lines are between, too.
+    value = match.place.box
+    slack = 2 * _height(anchor)
+    is_running = value[0] < anchor.place.box[0] - slack
+    left = min(anchor.place.box[0], value[0]) - slack
+    right = math.inf if is_running else value[2]
+    for other, between in anchors.items():
+        is_between = first.start < between.start < last.start and left <= between.place.box[0] < right
+        if is_between and other.startswith(_NAMED):
+            return False
+    return True
 
 
 def _untaken(matches: Sequence[_Match], taken: set[int]) -> list[_Match]:
     return [match for match in matches if not taken.intersection(range(match.start, match.stop))]
 
 
-def _choose_anchor(record: Sequence[list[_Match]], previous: _Match | None) -> _Match | None:
-    """Where a record stands: the match of its rarest value to which its other values are nearest; of equals the
-    one that follows the record before."""
-    values = [matches for matches in record if matches]
+def _choose_anchor(record: Mapping[str, list[_Match]], previous: _Match | None) -> tuple[str, _Match | None]:
+    """Where a record stands, with the path of the value there: the match of its name, or else of its rarest value,
+    to which its other values are nearest; of equals the one that follows the record before."""
+    values = {path: matches for path, matches in record.items() if matches}
     if not values:
-        return None
-    rarest = min(values, key=lambda matches: (len(matches), matches[0].start - matches[0].stop))
+        return "", None
+    names = [path for path in values if path.startswith(_NAMED) and path.endswith("/name")]
+    rarest = min(
+        names or values, key=lambda path: (len(values[path]), values[path][0].start - values[path][0].stop)
+    )
 
     def cost(anchor: _Match) -> tuple[float, float]:
-        nearest = [min(_distance(anchor, match) for match in matches) for matches in values]
+        nearest = [min(_distance(anchor, match) for match in matches) for matches in values.values()]
         return round(sum(nearest), 1), _distance(previous, anchor) if previous else 0.0
 
-    return min(rarest, key=cost)
+    return rarest, min(values[rarest], key=cost)
 
 
 def _distance(anchor: _Match, match: _Match) -> float:
     """How far a match is from another: the rows of a table and the words of a line hold together, however wide,
     and what belongs to a name stands behind it."""
-    height = max(1.0, anchor.place.box[3] - anchor.place.box[1])
-    across = (match.place.box[0] - anchor.place.box[0]) / height
+    across = (match.place.box[0] - anchor.place.box[0]) / _height(anchor)
     down = match.line - anchor.line
-    penalty = 3.0 if match.is_near_miss else 0.0
+    penalty = 0.0 if match.place.is_exact else 3.0
     if down == 0:
         return penalty + (0.05 * across if across >= 0 else 1 - 0.1 * across)
     return penalty + abs(across) / 4 + (6 * down if down > 0 else 2 - 6 * down)
 
 
+def _height(match: _Match) -> float:
+    return max(1.0, match.place.box[3] - match.place.box[1])
+
+
 # Matches ----------------------------------------------------------------------------------------------------
-def _read_words(words: Sequence[Word]) -> _Page:
-    text, ordered, places, lines = "", list[Word](), list[tuple[int, int]](), list[int]()
-    for number, line in enumerate(lines_of(words)):
-        for word in line:
-            text += _fold(word.text) + " "
-            places += [(len(ordered), place) for place in range(len(word.text) + 1)]
-            ordered.append(word)
-            lines.append(number)
-    return _Page(text, tuple(ordered), tuple(places), tuple(lines))
+def _read_words(pages: Sequence[Sequence[Word]]) -> _Pages:
+    text, ordered, places, lines, numbers = (
+        "",
+        list[Word](),
+        list[tuple[int, int]](),
+        list[int](),
+        list[int](),
+    )
+    number = 0  # of the line
+    for page, words in enumerate(pages):
+        for line in lines_of(words):
+            for word in line:
+                text += _fold(word.text) + " "
+                places += [(len(ordered), place) for place in range(len(word.text) + 1)]
+                ordered.append(word)
+                lines.append(number)
+                numbers.append(page)
+            number += 1
+        number += _PAGE_GAP
+    return _Pages(text, tuple(ordered), tuple(places), tuple(lines), tuple(numbers))
 
 
 def _fold(text: str) -> str:
@@ -148,24 +253,31 @@ def _fold(text: str) -> str:
     return joined.translate(dict.fromkeys(map(ord, "‐‑‒–—−"), "-"))
 
 
-def _find(page: _Page, path: str, value: str) -> list[_Match]:
+def _find(page: _Pages, path: str, value: str) -> list[_Match]:
     """All places of a value, near misses among them."""
     texts = [value]
     if path.endswith("/prn"):
         # Printed in one of its forms.
         texts = next(row for row in medical_terms()["frequencies"] if "PRN" in row)
+    elif path == "patient/age":
+        texts = [value, f"{value}-year-old", f"{value}-year"]
     matches = list[_Match]()
     for text in map(_fold, texts):
         alike = text.translate(_LOOK_ALIKES)
         scores = dict.fromkeys(_spans(alike, page.text.translate(_LOOK_ALIKES), page.text), _NEAR_MISS)
-        scores |= dict.fromkeys(_spans(text, page.text, page.text), 1.0)
-        found = [_match(page, [span], score, score < 1) for span, score in scores.items()]
+        for start, stop in _spans(text, page.text, page.text):
+            # "58" is not quite "5 8", which may be two numbers.
+            is_same = _NUMBER.findall(page.text[start:stop]) == _NUMBER.findall(text)
+            scores[start, stop] = 1.0 if is_same else _NEAR_MISS
+        if path.endswith(("/value", "/dose", "/age")):
+            scores = {span: score for span, score in scores.items() if _is_whole(page, *span)}
+        found = [_match(page, [span], score) for span, score in scores.items()]
         if not found and len(text) >= _LONG:
             # Most of it may be on the page, maybe with another column between its lines.
             matcher = difflib.SequenceMatcher(None, page.text, text, autojunk=False)
             runs = [(run.a, run.a + run.size) for run in matcher.get_matching_blocks() if run.size >= _RUN]
             share = sum(stop - start for start, stop in runs) / len(text)
-            found = [_match(page, runs, share, False)] if share >= _SHARE else []
+            found = [_match(page, runs, min(share, _ALMOST))] if share >= _SHARE else []
         matches += found
     return matches
 
@@ -195,8 +307,29 @@ def _spans(value: str, text: str, printed: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _match(page: _Page, spans: Sequence[tuple[int, int]], score: float, is_near_miss: bool) -> _Match:
-    """Characters as a match: the hull of the parts of their words."""
+_NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
+
+
+def _is_whole(page: _Pages, start: int, stop: int) -> bool:
+    """Whether a number is no part of a range ("5-10"), has no sign that is not its own ("<5"), and does not count the
+    entries of a list ("2. Warfarin")."""
+    text = page.text
+    before, behind = text[max(0, start - 3) : start], text[stop : stop + 4]
+    if not text[start].isdigit():
+        return True
+    if re.match(r"[.)] ?[^\W\d]", behind):
+        word = page.places[start][0]
+        is_first = word == 0 or page.lines[word - 1] < page.lines[word]
+        gap = page.words[word].box[0] - page.words[word - 1].box[2]
+        if is_first or gap > page.words[word].height:
+            return False
+    return not re.search(r"(?:[<>≤≥~]=? ?|(?:\d|(?:^|\s))-|\d - )$", before) and not re.match(
+        r" ?- ?\d", behind
+    )
+
+
+def _match(page: _Pages, spans: Sequence[tuple[int, int]], score: float) -> _Match:
+    """Characters as a match: the hull of the parts of their words, on the first of their pages."""
     ends: dict[int, tuple[int, int]] = {}  # of each word: first and last character
     for start, stop in spans:
         for i in range(start, stop):
@@ -204,7 +337,15 @@ def _match(page: _Page, spans: Sequence[tuple[int, int]], score: float, is_near_
             if page.text[i] != " ":
                 first, _ = ends.get(word, (place, place))
                 ends[word] = first, place
-    boxes = [part_of_box(page.words[word], first, last + 1) for word, (first, last) in ends.items()]
-    least = min(page.words[word].score for word in ends)
-    line = page.lines[next(iter(ends))]
-    return _Match(spans[0][0], spans[-1][1], Place(join_boxes(boxes), score * least), line, is_near_miss)
+    head = next(iter(ends))
+    on_page = {word: end for word, end in ends.items() if page.numbers[word] == page.numbers[head]}
+    boxes = [part_of_box(page.words[word], first, last + 1) for word, (first, last) in on_page.items()]
+    end = spans[-1][1]
+    found = Place(
+        box=join_boxes(boxes),
+        score=score * min(page.words[word].score for word in ends),
+        page=page.numbers[head],
+        is_exact=score == 1,
+        behind=page.text[end : end + 20],
+    )
+    return _Match(spans[0][0], end, found, page.lines[head])

@@ -48,7 +48,7 @@ def extract_by_rules(words: Sequence[Word]) -> Fields:
         ("P0" is PO, "Sp02" SpO2).
     """
     lines = []
-    for line in lines_of([_repair(word) for word in words]):
+    for line in lines_of([repair_word(word) for word in words]):
         if not any(_NOTICE in word.text.upper() for word in line):
             lines.append(line)
     tables, rest = _read_tables(lines)
@@ -65,7 +65,7 @@ def extract_by_rules(words: Sequence[Word]) -> Fields:
     return evolve(read_answer(json.dumps(tree)), read_as="")
 
 
-def _repair(word: Word) -> Word:
+def repair_word(word: Word) -> Word:
     """A word with the digits of its abbreviations as letters, where these are known ones."""
 
     def known(match: re.Match[str]) -> str:

@@ -1,0 +1,245 @@
+"""What pages show of an answer, and what cannot be right in it."""
+
+import subprocess
+import sys
+
+import pytest
+from attrs import evolve
+
+from medvl.documents.evidence import check_fields, drop_unverified
+from medvl.documents.fields import Diagnosis, Fields, Lab, Medication, Patient, Vital, leaves
+from medvl.documents.words import Word
+from medvl.phantoms.pages import PageConfig, draw_page
+from tests.documents.test_rules import words_of
+
+FIRST = """Patient: Alma Yarrow     Age: 54
+Metformin    500 mg    PO    BID
+Digoxin      2.5 mg    PO    QD"""
+SECOND = """Potassium    5.9    mmol/L    3.5-5.1    H
+Sodium       139    mmol/L    135-145"""
+ANSWER = Fields(
+    kind="discharge summary",
+    patient=Patient("Alma Yarrow", age="54"),
+    medications=[
+        Medication("Metformin", "500", "mg", "PO", "BID"),
+        Medication("Digoxin", "2.5", "mg", "PO", "QD"),
+    ],
+    labs=[
+        Lab("Potassium", "5.9", "mmol/L", "3.5", "5.1", "H"),
+        Lab("Sodium", "139", "mmol/L", "135", "145"),
+    ],
+)
+PAGES = [words_of(FIRST), words_of(SECOND)]
+
+
+def statuses(fields, *texts):
+    evidence = check_fields(fields, [words_of(text) for text in texts])
+    return {value.path: value.status for value in evidence.values}
+
+
+def warnings(*labs, text=""):
+    return [(w.path, w.kind) for w in check_fields(Fields(labs=labs), [words_of(text)]).warnings]
+
+
+def test_every_value_has_its_page_and_box():
+    evidence = check_fields(ANSWER, PAGES)
+    assert [value.path for value in evidence.values] == list(leaves(ANSWER))
+    assert evidence.unverified == ()
+    assert evidence.warnings == ()
+    pages = {value.path: value.page for value in evidence.values}
+    assert {pages[path] for path in pages if path.startswith("labs")} == {1}
+    assert {pages[path] for path in pages if not path.startswith("labs")} == {0}
+    value = next(value for value in evidence.values if value.path == "labs/0/value")
+    assert value.box == (40 + 8 * 13, 40, 40 + 8 * 16, 52)
+    assert value.score == 1
+
+
+def test_a_number_of_another_row_or_page_is_not_verified():
+    labs = [evolve(ANSWER.labs[0], value="139"), evolve(ANSWER.labs[1], value="500")]
+    medications = [evolve(ANSWER.medications[0], dose="2.5"), evolve(ANSWER.medications[1], dose="5.9")]
+    answer = evolve(ANSWER, labs=labs, medications=medications)
+    evidence = check_fields(answer, PAGES)
+    unverified = {value.path: value.status for value in evidence.values if not value.verified}
+    assert unverified == {
+        "labs/0/value": "elsewhere",
+        "labs/1/value": "elsewhere",
+        "medications/0/dose": "elsewhere",
+        "medications/1/dose": "elsewhere",
+    }
+    # A right value keeps its place, though another row has claimed it first.
+    answer = evolve(ANSWER, labs=[labs[0], ANSWER.labs[1]])
+    assert check_fields(answer, PAGES).unverified == ("labs/0/value",)
+
+
+@pytest.mark.parametrize("value", ["3.5", "5.1", "59", "5", "9", "5.90", "-5.9"])
+def test_a_value_is_a_whole_quantity_of_its_row(value):
+    answer = evolve(ANSWER, labs=[evolve(ANSWER.labs[0], value=value)])
+    assert check_fields(answer, PAGES).unverified == ("labs/0/value",)
+
+
+@pytest.mark.parametrize(
+    ("value", "page", "status"),
+    [
+        ("0.5", "CRP <0.5 mg/L", "missing"),
+        ("<0.5", "CRP <0.5 mg/L", "verified"),
+        ("2.5", "CRP -2.5 mg/L", "missing"),
+        ("-2.5", "CRP -2.5 mg/L", "verified"),
+        ("10", "CRP lO mg/L", "similar"),
+        ("8.4", "CRP 8,4 mg/L", "similar"),
+        ("58", "CRP 5 8 mg/L", "similar"),
+        ("2", "CRP mg/L\n2. Sodium", "missing"),
+    ],
+)
+def test_a_sign_a_minus_a_list_mark_or_a_letter_that_looks_alike(value, page, status):
+    assert statuses(Fields(labs=[Lab("CRP", value)]), page)["labs/0/value"] == status
+
+
+def test_wrapped_and_running_entries_belong_to_the_name_before_them():
+    text = "Tamsulosin 0.4 mg once daily; Baclofen\n10 mg three times daily; Digoxin 25 mg\nonce weekly"
+    rows = [
+        Medication("Tamsulosin", "0.4", "mg"),
+        Medication("Baclofen", "10", "mg"),
+        Medication("Digoxin", "25", "mg"),
+    ]
+    assert set(statuses(Fields(medications=rows), text).values()) == {"verified"}
+    rows[0] = evolve(rows[0], dose="25")
+    found = statuses(Fields(medications=rows), text)
+    assert [path for path in found if found[path] != "verified"] == ["medications/0/dose"]
+
+
+def test_two_columns_do_not_stand_between():
+    text = "Diagnoses            HR        72\nGout                 Weight\nHeparin 5000 units   126.7 kg"
+    fields = Fields(
+        medications=[Medication("Heparin", "5000", "units")],
+        vitals=[Vital("HR", "72"), Vital("Weight", "126.7", "kg")],
+    )
+    assert set(statuses(fields, text).values()) == {"verified"}
+
+
+def test_abbreviations_are_read_as_the_rules_read_them():
+    fields = Fields(medications=[Medication("Digoxin", route="PO")], vitals=[Vital("SpO2", "98")])
+    assert set(statuses(fields, "Digoxin P0\nSp02 98").values()) == {"verified"}
+
+
+def test_an_age_is_no_number_of_somewhere_else():
+    fields = Fields(patient=Patient("Alma Yarrow", age="21", date="2017-04-21"))
+    assert statuses(fields, "Alma Yarrow 2017-04-21")["patient/age"] == "missing"
+    far = "Alma Yarrow 2017-04-21" + "\n." * 12 + "\n21 mm"
+    assert statuses(fields, far)["patient/age"] == "elsewhere"
+    assert statuses(fields, "Alma Yarrow, 21-year-old")["patient/age"] == "verified"
+
+
+def test_numbers_of_running_text_that_no_page_shows_are_named():
+    text = "Observed on telemetry for 11 days. Wound check in 4 days, and again in 9 days."
+    page = text.replace("4 days", "4\ndays")
+    assert check_fields(Fields(text=text), [words_of(page)]).unverified == ()
+    answer = Fields(
+        text=text.replace("11", "4"), procedures=["Stent of 3 mm"], diagnoses=[Diagnosis("Nodule of 12 mm")]
+    )
+    values = {value.path: value for value in check_fields(answer, [words_of(page)]).values}
+    assert values["text"].status == "similar"
+    assert values["text"].unshown == ("4",)  # stands elsewhere on the page, and not on telemetry
+    assert values["procedures/0"].unshown == ("3",)
+    assert values["diagnoses/0/name"].unshown == ("12",)
+    gone = {value.path: value for value in check_fields(answer, [[]]).values}
+    assert gone["text"].unshown == ("4", "4", "9")
+    assert gone["text"].page is None
+
+
+def test_without_the_unverified_paths_are_those_of_what_is_left():
+    answer = evolve(
+        ANSWER,
+        medications=[Medication("Aspirin", "81", "mg"), evolve(ANSWER.medications[0], dose="850", prn=True)],
+        labs=[evolve(ANSWER.labs[1], flag="H", unit="mg/dL")],
+        procedures=["ECG"],
+        text="Not on the page at all.",
+    )
+    evidence = check_fields(answer, PAGES)
+    fields, kept = drop_unverified(answer, evidence)
+    # The H of the page is potassium's.
+    expected = [evolve(ANSWER.medications[0], dose="")], [evolve(ANSWER.labs[1], unit="")]
+    assert fields == Fields(
+        kind="discharge summary", patient=ANSWER.patient, medications=expected[0], labs=expected[1]
+    )
+    assert {value.path for value in kept.values} == set(leaves(fields))
+    assert kept.unverified == ()
+    boxes = {value.path: value.box for value in evidence.values}
+    moved = next(value for value in kept.values if value.path == "medications/0/name")
+    assert moved.box == boxes["medications/1/name"]
+    assert [w.path for w in kept.warnings] == ["labs/0/unit", "labs/0/flag"]
+    assert drop_unverified(ANSWER, check_fields(ANSWER, PAGES))[0] == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "right", "wrong"),
+    [
+        ("5.9", "3.5", "5.1", ("H", "HH", "high", "A", "*"), ("", "L", "LL", "N", "low")),
+        ("2.9", "3.5", "5.1", ("L", "LL", "A"), ("", "H", "N")),
+        ("5.1", "3.5", "5.1", ("", "N"), ("H", "L", "HH", "A")),
+        ("8,4", "3,5", "5,1", ("H",), ("", "N", "L")),
+        ("<0.5", "0.5", "5", ("L",), ("", "H", "N")),
+        ("<0.5", "", "5", ("", "N"), ("H", "A")),
+        ("<9", "3.5", "5.1", ("", "N", "H", "L"), ()),
+        ("<5.1", "3.5", "5.1", ("", "L", "N"), ("H", "HH")),
+        (">60", "60", "", ("", "N"), ("L", "H")),
+        (">=60", "", "60", ("", "H"), ("L",)),
+        ("5", "", "5", ("", "N", "H"), ("L",)),  # "< 5" or "up to 5"
+        ("6", "", "5", ("H",), ("", "N", "L")),
+        ("40", "40", "", ("", "L"), ("H",)),
+        ("1,200", "150", "400", ("HH",), ("", "L")),
+        ("negative", "", "", ("", "H"), ()),
+        ("3.5-5.0", "4", "5", ("", "H"), ()),
+        ("~6", "3.5", "5.1", ("", "L"), ()),
+        ("5.9", "low", "5.1", ("", "L"), ()),
+        ("5.9", "", "", ("", "H", "L"), ()),
+    ],
+)
+def test_flags_against_value_and_range(value, low, high, right, wrong):
+    for flag in right:
+        assert warnings(Lab("K", value, "", low, high, flag)) == []
+    for flag in wrong:
+        assert warnings(Lab("K", value, "", low, high, flag)) == [("labs/0/flag", "flag")]
+
+
+def test_ranges_units_and_numbers_that_cannot_be():
+    assert warnings(Lab("K", "4", "", "5.1", "3.5", "H")) == [("labs/0/low", "range")]
+    assert warnings(Lab("K", "pending", "mmol/L")) == [("labs/0/value", "number")]
+    page = "K 5.9 mmol/L H\nNa 139 mEq/L\nCa 8.4 H\nTemp 37.2 C"
+    assert warnings(Lab("K", "5.9", "mg/dL", flag="H"), text=page) == [("labs/0/unit", "unit")]
+    right = [
+        Lab("K", "5.9", "mmol/l", flag="H"),
+        Lab("Na", "139", "mmol/L"),
+        Lab("Ca", "8.4", "mg/dL", flag="H"),
+    ]
+    assert warnings(*right, text=page) == []
+    fields = Fields(medications=[Medication("Digoxin", "a little")], vitals=[Vital("Temp", "37.2", "F")])
+    found = check_fields(fields, [words_of(page)]).warnings
+    assert [(w.path, w.kind) for w in found] == [("medications/0/dose", "number"), ("vitals/0/unit", "unit")]
+
+
+def test_what_is_written_about_evidence_holds_no_value():
+    answer = evolve(ANSWER, text="Secretive 7391 words", labs=[evolve(ANSWER.labs[0], flag="L")])
+    evidence = check_fields(answer, PAGES)
+    assert evidence.warnings
+    written = repr(evidence) + " ".join(w.message for w in evidence.warnings)
+    assert not any(value in written for value in ("Yarrow", "Metformin", "5.9", "Secretive", "7391"))
+
+
+@pytest.mark.parametrize("number", range(0, 60, 3))
+def test_gold_fields_are_verified_on_their_pages_without_a_warning(number):
+    page = draw_page(PageConfig(), "train", number, damage="clean")
+    evidence = check_fields(page.fields, [page.texts])
+    assert evidence.warnings == ()
+    assert evidence.unverified == ()
+
+
+def test_no_page_and_no_words():
+    assert check_fields(Fields(), []).values == ()
+    assert set(statuses(ANSWER).values()) == {"missing"}
+    assert check_fields(ANSWER, [[], [Word("x", (0, 0, 5, 5))]]).unverified == tuple(leaves(ANSWER))
+
+
+def test_no_torch():
+    code = "import sys, medvl.documents.evidence; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
