@@ -7,7 +7,7 @@ compares numbers, units, flags and terms, and `score` answers with pages.
 
 `words` has the words of a page with their boxes, as lines in reading order and as text for prompts; `read_page`
 reads them from an image (OCR). `rules` makes fields of words, and `locate` finds the place of every value among
-them.
+them; `evidence` says which values of an answer the pages show, and which contradict each other.
 
 `page_words` puts the words of a conversation's images into its prompt.
 
