@@ -7,7 +7,8 @@ as token ids and labels. `images` opens image files (`dicom_image` DICOM), `qwen
 their files of settings have in common), `clip_vision` squares for CLIP's tower and levels of it, and
 `vision` joins images and text of a model. `vlm` makes the inputs, hidden states and loss of a model,
 `cached_forward` its logits token by token; `token_steps` chooses tokens by them and by the settings of
-`sampling`, `generate` writes answers with these, and `likelihood` scores given ones. `json_schema` makes masks of
+`sampling`, `generate` writes answers with these, `rows_in_flight` those of prompts that join a batch and leave it one
+by one, and `likelihood` scores given ones. `json_schema` makes masks of
 tokens that keep an answer to a JSON schema, which `bounded_schema` checks and bounds. `awq` quantises a model by its
 activations. `chat` and `system`
 put all of this together. `measure` takes the time and the memory of answers, `compare` the distance of two

@@ -70,12 +70,12 @@ def forward_prompt(model: nn.Module, call: Mapping[str, Any], room: int) -> Any:
     Args:
         room: for so many tokens the cache has room behind the prompt.
     """
-    output = model(**call, use_cache=True, **_last_logits_only(model))
-    kv_cache.reserve_room(getattr(output, _cache_name(model)), room)
+    output = model(**call, use_cache=True, **last_only(model))
+    kv_cache.reserve_room(getattr(output, cache_name(model)), room)
     return output
 
 
-def _last_logits_only(model: nn.Module) -> dict[str, int]:
+def last_only(model: nn.Module) -> dict[str, int]:
     """The argument by which a model computes logits of the last token only, where it has one."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return {"logits_to_keep": 1}
@@ -106,8 +106,8 @@ def start_decoding(model: nn.Module, call: Mapping[str, Any], steps: int) -> Dec
     # beginning of the mask for the longest answer there can be.
     mask = None if bool(exists.all()) else F.pad(exists, (0, steps), value=True)
     return Decoding(
-        cache=getattr(output, _cache_name(model)),
-        logits=_last_logits(output),
+        cache=getattr(output, cache_name(model)),
+        logits=last_logits(output),
         length=exists.shape[1],
         mask=mask,
         position=_next_position(call),
@@ -116,17 +116,17 @@ def start_decoding(model: nn.Module, call: Mapping[str, Any], steps: int) -> Dec
 
 def decode_tokens(model: nn.Module, decoding: Decoding, tokens: Tensor) -> None:
     """Put a token [b] behind each row; the logits are then those of the token after it."""
-    cache_name = _cache_name(model)
+    name = cache_name(model)
     decoding.length += 1
-    arguments: dict[str, Any] = {"attention_mask": None, cache_name: decoding.cache}
+    arguments: dict[str, Any] = {"attention_mask": None, name: decoding.cache}
     if decoding.mask is not None:
         mask = decoding.mask[:, : decoding.length]
         arguments["attention_mask"] = _step_mask(model, decoding.cache, mask)
     if decoding.position is not None:
         arguments["position_ids"] = decoding.position
         decoding.position = decoding.position + 1
-    output = model(input_ids=tokens[:, None], use_cache=True, **arguments, **_last_logits_only(model))
-    decoding.logits = _last_logits(output)
+    output = model(input_ids=tokens[:, None], use_cache=True, **arguments, **last_only(model))
+    decoding.logits = last_logits(output)
 
 
 def can_keep_rows(decoding: Decoding) -> bool:
@@ -142,7 +142,7 @@ def keep_rows(decoding: Decoding, rows: Tensor) -> None:
         decoding.position = decoding.position[..., rows, :]
 
 
-def _last_logits(output: Any) -> Tensor:
+def last_logits(output: Any) -> Tensor:
     # float32, as the softmax of a whole vocabulary in bfloat16 would round the probabilities away.
     return output.logits[:, -1].float()
 
@@ -176,12 +176,12 @@ def continuation_log_probs(
         prompt: from `forward_prompt`; its cache is left as it is.
         exists: bool [b, n], False for the padding of answers.
     """
-    cache_name = _cache_name(model)
-    cache = copy.copy(getattr(prompt, cache_name))
+    name = cache_name(model)
+    cache = copy.copy(getattr(prompt, name))
     cache.layers = [_copy_layer(layer) for layer in cache.layers]
     arguments: dict[str, Any] = {
         "attention_mask": torch.cat([call["attention_mask"], exists[:, :-1].long()], 1),
-        cache_name: cache,
+        name: cache,
     }
     position = _next_position(call)
     if position is not None:
@@ -199,7 +199,7 @@ def _copy_layer(layer: Any) -> Any:
     return copy.deepcopy(layer)
 
 
-def _cache_name(model: nn.Module) -> str:
+def cache_name(model: nn.Module) -> str:
     """The name of the cache, as an argument and in the output: transformers changes it from 5.17 to 5.40."""
     if "cache" in inspect.signature(model.forward).parameters:
         return "cache"

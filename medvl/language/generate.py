@@ -79,7 +79,7 @@ def generate(
     count, vocabulary = _check_size(cfg, skeleton, call)
     # All numbers in advance: how many a row uses does not change those of the other rows.
     draws = sampling.draw_uniform(cfg, gen, count, call["attention_mask"].device)
-    answers = [_Answer() for _ in range(count)]
+    answers = [Answer() for _ in range(count)]
     unread = deque[Step]()  # steps whose tokens the host has not read yet
     batch = token_steps.start_batch(cfg, call, draws, vocabulary=vocabulary, allowed=allowed)
 
@@ -111,8 +111,8 @@ def generate(
 
 
 @define
-class _Answer:
-    """The answer of a row while it is generated."""
+class Answer:
+    """The answer of a row while it is generated; `add_token` adds to it."""
 
     ids: list[int] = field(factory=list)
     text: str = ""  # as far as it is certain
@@ -123,7 +123,7 @@ def _write_until_rows_end(
     cfg: Sampling,
     model: nn.Module,
     batch: TokenBatch,
-    answers: Sequence[_Answer],
+    answers: Sequence[Answer],
     unread: deque[Step],
     add_step: Callable[[Step], None],
 ) -> list[int]:
@@ -143,7 +143,7 @@ def _write_until_rows_end(
 def _add_step(
     cfg: Sampling,
     tok: Any,
-    answers: Sequence[_Answer],
+    answers: Sequence[Answer],
     step: Step,
     allowed: Allowed | None,
     on_token: Callable[[int, str], None] | None,
@@ -156,13 +156,13 @@ def _add_step(
         sampling.check_token(token, row, step.number, allowed)
         streamed = len(answer.text)
         is_last = step.number + 1 == cfg.max_tokens
-        _add_token(cfg, tok, answer, token, is_last=is_last, stream=on_token is not None)
+        add_token(cfg, tok, answer, token, is_last=is_last, stream=on_token is not None)
         piece = answer.text[streamed:]
         if on_token is not None and piece:
             on_token(row, piece)
 
 
-def _add_token(cfg: Sampling, tok: Any, answer: _Answer, token: int, *, is_last: bool, stream: bool) -> None:
+def add_token(cfg: Sampling, tok: Any, answer: Answer, token: int, *, is_last: bool, stream: bool) -> None:
     """Add a token to an answer, and its text where it is needed at this step."""
     if token in cfg.end:
         answer.reason = "end"

@@ -1,0 +1,171 @@
+"""Calls to a process: answered once each, refused where it is killed, and answered again by the next."""
+
+import asyncio
+import os
+import random
+import signal
+from contextlib import aclosing
+
+import pytest
+from attrs import evolve
+
+from medvl.serve.interface import End, Piece, Refused
+from medvl.serve.worker import Calls, LocalEngine, Worker
+from tests.serve import served_toy
+
+
+def slow_echo(post, emit):
+    import time
+
+    def echo(text, seconds=0.0):
+        time.sleep(seconds)
+        return text * 2
+
+    def fail():
+        raise ValueError("Jane Doe, MRN 4711")
+
+    def crash():
+        raise KeyError("Jane Doe, MRN 4711")
+
+    return Calls(emit, {"echo": echo, "fail": fail, "crash": crash}, {"answer": 42})
+
+
+def broken(post, emit):
+    raise ValueError("there is no such model")
+
+
+def run(scenario, opener, *arguments, **options):
+    async def main():
+        worker = Worker("toy", opener, *arguments, **options)
+        worker.start()
+        try:
+            await worker.wait_ready()
+            return await scenario(worker)
+        finally:
+            await worker.close(1)
+
+    return asyncio.run(main())
+
+
+def test_calls_are_answered():
+    async def scenario(worker):
+        assert worker.info == {"answer": 42}
+        first, second = await asyncio.gather(
+            worker.call("a", "echo", text="x", seconds=0.1), worker.call("b", "echo", text="y")
+        )
+        assert (first, second) == ("xx", "yy")
+        with pytest.raises(Refused, match="fail: the request cannot be answered") as refused:
+            await worker.call("c", "fail")
+        assert refused.value.status == 400
+
+    run(scenario, slow_echo)
+
+
+def test_a_crash_says_where_and_not_what(caplog):
+    async def scenario(worker):
+        with pytest.raises(Refused) as refused:
+            await worker.call("c", "crash")
+        assert refused.value.status == 502
+        await worker.wait_ready()
+        assert await worker.call("c", "echo", text="z") == "zz"
+        return refused.value
+
+    text = str(run(scenario, slow_echo)) + caplog.text
+    assert "KeyError" in text
+    assert "Jane" not in text
+    assert "4711" not in text
+
+
+def test_what_cannot_be_opened_is_said():
+    async def scenario(worker):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="there is no such model"):
+        run(scenario, broken)
+
+
+def test_too_many_too_late_and_twice():
+    async def scenario(worker):
+        slow = asyncio.create_task(worker.call("a", "echo", text="x", seconds=0.5))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refused) as twice:
+            await worker.call("a", "echo", text="x")
+        late = asyncio.create_task(worker.call("b", "echo", 0.1, text="x"))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused) as full:
+            await worker.call("c", "echo", text="x")
+        with pytest.raises(Refused) as too_late:
+            await late
+        assert await slow == "xx"
+        return [one.value.status for one in (twice, full, too_late)], full.value.retry_after
+
+    statuses, retry_after = run(scenario, slow_echo, most=2)
+    assert statuses == [409, 429, 504]
+    assert retry_after >= 1
+
+
+def test_closing_finishes_what_is_under_way():
+    async def scenario(worker):
+        slow = asyncio.create_task(worker.call("a", "echo", text="x", seconds=0.5))
+        await asyncio.sleep(0.05)
+        closing = asyncio.create_task(worker.close())
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refused) as refused:
+            await worker.call("b", "echo", text="x")
+        await closing
+        return await slow, refused.value.status, worker._process.is_alive()
+
+    assert run(scenario, slow_echo) == ("xx", 503, False)
+
+
+async def collect(engine, request):
+    """(text, number of ends) of a request; a refusal as it is."""
+    text, ends = "", 0
+    try:
+        async for event in engine.stream(request):
+            if isinstance(event, Piece):
+                text += event.text
+            ends += isinstance(event, End)
+    except Refused as e:
+        return e
+    return text, ends
+
+
+def test_a_killed_engine_comes_back_and_answers_each_request_once():
+    """20 requests, and SIGKILL while some are answered: those that were not are refused, and answered when sent again."""
+    requests = served_toy.requests(20, random.Random(1), max_tokens=(60, 60))
+
+    async def scenario(worker):
+        engine = LocalEngine(worker)
+        expected = await asyncio.gather(*(collect(engine, request) for request in requests))
+        assert all(ends == 1 for _, ends in expected)
+        first = evolve(requests[0], id="first")
+        tasks = [asyncio.create_task(collect(engine, request)) for request in requests]
+        async with aclosing(engine.stream(first)) as stream:  # until it is in flight
+            await anext(stream)
+        os.kill(worker.pid, signal.SIGKILL)
+        answers = await asyncio.gather(*tasks)
+        refused = [i for i, answer in enumerate(answers) if isinstance(answer, Refused)]
+        assert refused
+        assert {answers[i].status for i in refused} == {502}
+        await worker.wait_ready()
+        again = await asyncio.gather(*(collect(engine, requests[i]) for i in refused))
+        answers = {i: answer for i, answer in enumerate(answers) if i not in refused}
+        answers |= dict(zip(refused, again, strict=True))
+        assert [answers[i] for i in range(20)] == expected
+        assert worker.restarts == 1
+
+    run(scenario, served_toy.open_service)
+
+
+def test_a_client_that_goes_frees_its_row():
+    async def scenario(worker):
+        engine = LocalEngine(worker)
+        long = served_toy.requests(1, random.Random(2), max_tokens=(300, 300))[0]
+        async with aclosing(engine.stream(evolve(long, adapter=""))) as stream:
+            await anext(stream)
+        assert worker.pending == 0
+        _, ends = await collect(engine, evolve(long, max_tokens=5))
+        return ends
+
+    assert run(scenario, served_toy.open_service, 1) == 1
