@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from medvl.documents.page_words import add_page_words
 from medvl.hub import kv_cache
-from medvl.language import cached_forward, chat, generate, messages, rows_in_flight, sampling, vlm
+from medvl.language import cached_forward, chat, generate, json_schema, messages, rows_in_flight, sampling, vlm
 from medvl.language.conversations import Conversation
 from medvl.language.rows_in_flight import Rows
 from medvl.language.sampling import Allowed, Sampling
@@ -96,6 +96,7 @@ class BatchEngine:
         self.emit = emit
         self._waiting = deque[Prepared]()
         self._rows = list[_Row]()  # as they lie in the cache
+        self._of_schema: Any = None  # schema -> mask, made at the first request that has one
         self._weights: Weights | None = None  # of these rows, None where they have changed
         self._device = next(iter(served.weights([()]).values())).device
         module: Any = served.chat.skeleton.module
@@ -133,9 +134,7 @@ class BatchEngine:
             )
             allowed = None
             if request.schema is not None:
-                from medvl.language.json_schema import schema_allowed
-
-                allowed = schema_allowed(served.chat.tokenizer, self._vocabulary, wanted.end, request.schema)
+                allowed = self._grammar(wanted.end)(request.schema)
             batch = chat.make_batch(served.chat, prompts, [0], side="left")
         except Refused:
             raise
@@ -160,6 +159,11 @@ class BatchEngine:
             )
         return prepared
 
+    def _grammar(self, end: tuple[int, ...]) -> Any:
+        if self._of_schema is None:
+            self._of_schema = json_schema.schema_grammar(self.served.chat.tokenizer, self._vocabulary, end)
+        return self._of_schema
+
     def submit(self, prepared: Prepared) -> None:
         """Let a request wait for its turn."""
         self._waiting.append(prepared)
@@ -176,13 +180,17 @@ class BatchEngine:
     def is_idle(self) -> bool:
         return not self._waiting and not self._rows
 
-    def load(self) -> dict[str, int]:
-        """How much there is to do: for the metrics."""
-        return {
+    def load(self) -> dict[str, float]:
+        """How much there is to do, and what it holds on a GPU in bytes: for the metrics."""
+        load = {
             "waiting": len(self._waiting),
             "running": len(self._rows),
             "cached_tokens": sum(self._cache.cache.lengths),
         }
+        if self._device.type == "cuda":
+            load["gpu_bytes"] = torch.cuda.memory_allocated(self._device)
+            load["gpu_free_bytes"], load["gpu_total_bytes"] = torch.cuda.mem_get_info(self._device)
+        return load
 
     # Steps --------------------------------------------------------------------------------------------------
     def work(self, interrupted: Callable[[], bool]) -> None:
@@ -302,10 +310,7 @@ class BatchEngine:
             if row.used is not None:
                 logits[place] = sampling.penalise_repetition(cfg, logits[place], row.used)
             if row.prepared.allowed is not None:
-                ids = torch.tensor([row.answer.ids], dtype=torch.int64)
-                mask = row.prepared.allowed(ids.shape[1], ids)
-                mask = sampling.full_mask(mask, 1, self._vocabulary, self._device)
-                logits[place] = logits[place].masked_fill(~mask.view(-1), -torch.inf)
+                logits[place] = logits[place].masked_fill(~self._mask(row.prepared.allowed, row.answer.ids), -torch.inf)
         chosen = [0] * len(rows)
         for places in groups.values():
             draws = torch.stack([rows[place].draws[len(rows[place].answer.ids)] for place in places])
@@ -314,6 +319,17 @@ class BatchEngine:
             for place, token in zip(places, tokens.tolist(), strict=True):
                 chosen[place] = token
         return chosen
+
+
+    def _mask(self, allowed: Allowed, ids: Sequence[int]) -> Tensor:
+        """The tokens that may come behind others, bool [v]; none where the mask fails, which ends the answer."""
+        so_far = torch.tensor([ids], dtype=torch.int64)
+        try:
+            mask = allowed(len(ids), so_far)
+        except ValueError as e:
+            _log.error("a mask failed: %s", type(e).__name__)
+            return torch.zeros(self._vocabulary, dtype=torch.bool, device=self._device)
+        return sampling.full_mask(mask, 1, self._vocabulary, self._device).view(-1)
 
 
 def _conversation_of(request: Request) -> Conversation:
@@ -458,9 +474,18 @@ class EngineService:
     def work(self, interrupted: Callable[[], bool]) -> None:
         self.engine.work(interrupted)
 
+    def load(self) -> dict[str, float]:
+        return self.engine.load() | {"preparing": len(self._preparing)}
+
 
 def open_engine(
-    post: Callable[[Any], None], emit: Emit, place: str, registry: str, base: str, cfg: EngineConfig
+    post: Callable[[Any], None], emit: Emit, place: str, registry: str, base: str, threads: int, cfg: EngineConfig
 ) -> EngineService:
-    """An `EngineService` of what `models.open_served` opens."""
+    """An `EngineService` of what `models.open_served` opens.
+
+    Args:
+        threads: of a CPU; 0 = as torch chooses.
+    """
+    if threads:
+        torch.set_num_threads(threads)
     return EngineService(post, emit, open_served(place, registry, base), cfg)

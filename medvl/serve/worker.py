@@ -4,6 +4,7 @@ The service itself computes nothing, so that it answers while they work, and out
 """
 
 import asyncio
+import inspect
 import logging
 import os
 import queue
@@ -52,6 +53,9 @@ class Service(Protocol):
 
     def work(self, interrupted: Callable[[], bool]) -> None:
         """Go on until all is done or `interrupted()`."""
+
+    def load(self) -> Mapping[str, float]:
+        """How much it has to do and holds, for the metrics."""
 
 
 # (post, emit) and arguments -> a service. `post` sends it a message; `emit` sends an event.
@@ -105,6 +109,8 @@ def _run_service(connection: Connection, opener: Opener, arguments: tuple[Any, .
             message = _next(inbox)
         service.work(flush)
         flush()
+        with sending:
+            connection.send(("load", service.load()))
 
 
 def _receive(connection: Connection, inbox: "queue.SimpleQueue[Any]") -> None:
@@ -135,10 +141,10 @@ class Calls:
     """A service that answers one call after the other by functions."""
 
     def __init__(
-        self, emit: Callable[[str, Any], None], functions: Mapping[str, Callable[..., Any]], info: Any
+        self, emit: Callable[[str, Any], None], functions: Mapping[str, Callable[..., Any]], info: Mapping[str, Any]
     ) -> None:
         """Args:
-        functions: by name. One that streams takes `on_token`, which is called with each piece.
+        functions: by name. One with an argument `tell` may call it with events before its result, such as `Piece`.
         """
         self.info = info
         self._emit = emit
@@ -154,6 +160,9 @@ class Calls:
     def handle(self, message: Any) -> None:
         raise AssertionError(message)
 
+    def load(self) -> Mapping[str, float]:
+        return {"waiting": len(self._waiting)}
+
     @property
     def is_idle(self) -> bool:
         return not self._waiting
@@ -161,16 +170,21 @@ class Calls:
     def work(self, interrupted: Callable[[], bool]) -> None:
         while self._waiting:
             call, (name, arguments) = self._waiting.popleft()
+
+            def tell(event: Any, call: str = call) -> None:
+                self._emit(call, event)
+                interrupted()  # which sends it
+
+            function = self._functions[name]
+            if "tell" in inspect.signature(function).parameters:
+                arguments = arguments | {"tell": tell}
             try:
-                self._emit(call, Result(self._functions[name](**arguments)))
+                self._emit(call, Result(function(**arguments)))
             except Refused as e:
                 self._emit(call, e)
             except ValueError:
                 # Its message may hold a name or a text of the request.
-                self._emit(
-                    call,
-                    Refused(400, f"{name}: the request cannot be answered; see that its files are whole"),
-                )
+                self._emit(call, Refused(400, f"{name}: the request cannot be answered; see that its files are whole"))
             if interrupted():
                 return
 
@@ -188,6 +202,7 @@ class Worker:
         self.state: Literal["new", "loading", "ready", "failed", "closed"] = "new"
         self.info: Mapping[str, Any] = {}
         self.fault = ""  # why it failed
+        self.load: Mapping[str, float] = {}
         self.restarts = 0
         self._opener, self._arguments, self._most = opener, arguments, most
         self._calls: dict[str, asyncio.Queue[Any]] = {}
@@ -248,6 +263,8 @@ class Worker:
             self._changed.set()
         elif kind == "failed":
             self.fault = content
+        elif kind == "load":
+            self.load = content
         elif kind == "crashed":
             _log.error("%s: %s", self.name, content)
         else:
