@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from medvl.documents.page_words import add_page_words
 from medvl.hub import kv_cache
-from medvl.language import cached_forward, chat, generate, json_schema, messages, rows_in_flight, sampling, vlm
+from medvl.language import (
+    cached_forward,
+    chat,
+    generate,
+    json_schema,
+    messages,
+    rows_in_flight,
+    sampling,
+    vlm,
+)
 from medvl.language.conversations import Conversation
 from medvl.language.rows_in_flight import Rows
 from medvl.language.sampling import Allowed, Sampling
@@ -310,7 +319,9 @@ class BatchEngine:
             if row.used is not None:
                 logits[place] = sampling.penalise_repetition(cfg, logits[place], row.used)
             if row.prepared.allowed is not None:
-                logits[place] = logits[place].masked_fill(~self._mask(row.prepared.allowed, row.answer.ids), -torch.inf)
+                logits[place] = logits[place].masked_fill(
+                    ~self._mask(row.prepared.allowed, row.answer.ids), -torch.inf
+                )
         chosen = [0] * len(rows)
         for places in groups.values():
             draws = torch.stack([rows[place].draws[len(rows[place].answer.ids)] for place in places])
@@ -319,7 +330,6 @@ class BatchEngine:
             for place, token in zip(places, tokens.tolist(), strict=True):
                 chosen[place] = token
         return chosen
-
 
     def _mask(self, allowed: Allowed, ids: Sequence[int]) -> Tensor:
         """The tokens that may come behind others, bool [v]; none where the mask fails, which ends the answer."""
@@ -479,7 +489,13 @@ class EngineService:
 
 
 def open_engine(
-    post: Callable[[Any], None], emit: Emit, place: str, registry: str, base: str, threads: int, cfg: EngineConfig
+    post: Callable[[Any], None],
+    emit: Emit,
+    place: str,
+    registry: str,
+    base: str,
+    threads: int,
+    cfg: EngineConfig,
 ) -> EngineService:
     """An `EngineService` of what `models.open_served` opens.
 

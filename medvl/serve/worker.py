@@ -141,7 +141,10 @@ class Calls:
     """A service that answers one call after the other by functions."""
 
     def __init__(
-        self, emit: Callable[[str, Any], None], functions: Mapping[str, Callable[..., Any]], info: Mapping[str, Any]
+        self,
+        emit: Callable[[str, Any], None],
+        functions: Mapping[str, Callable[..., Any]],
+        info: Mapping[str, Any],
     ) -> None:
         """Args:
         functions: by name. One with an argument `tell` may call it with events before its result, such as `Piece`.
@@ -184,7 +187,10 @@ class Calls:
                 self._emit(call, e)
             except ValueError:
                 # Its message may hold a name or a text of the request.
-                self._emit(call, Refused(400, f"{name}: the request cannot be answered; see that its files are whole"))
+                self._emit(
+                    call,
+                    Refused(400, f"{name}: the request cannot be answered; see that its files are whole"),
+                )
             if interrupted():
                 return
 

@@ -11,8 +11,10 @@ from attrs import evolve
 from torch import Tensor
 
 from medvl.base import config, files
+from medvl.base.tree import Tree
 from medvl.ct import metadata_table, names, preprocess, reports
 from medvl.ct.preprocess import CtConfig, Volume
+from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.run import load
 from medvl.systems.ct_clip.score import finding_probabilities, place_batch
@@ -24,6 +26,8 @@ def look_at_scan(
     findings: Sequence[str] = (),
     metadata_csv: files.PathLike = "",
     settings: Sequence[str] = (),
+    *,
+    opened: tuple[Model, Tree] | None = None,
 ) -> dict[str, Any]:
     """Preprocess, embed and classify one scan with a trained run.
 
@@ -32,6 +36,7 @@ def look_at_scan(
         metadata_csv: a table with the scan's row, by `VolumeName`.
         settings: of how this scan is read, `hu=...` and `spacing_from=...`; all else must be as the run was
             trained.
+        opened: from `run.load`; None = it is loaded here.
     Returns:
         {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from
         validation, where known}}.
@@ -44,7 +49,7 @@ def look_at_scan(
         name = names.volume_name(scan)
         row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
     volume = preprocess.preprocess_scan(scan, cfg, row)
-    ct_clip, params = load(folder)
+    ct_clip, params = opened or load(folder)
     embedding = place_batch(ct_clip, params, _batch_of_one(volume))
     # Of the run's own evaluation; a run that was not evaluated has none.
     thresholds_json = folder / "results" / "thresholds.json"

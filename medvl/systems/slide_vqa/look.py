@@ -38,6 +38,8 @@ def look_at_slide(
     max_tokens: int = 128,
     *,
     offset: tuple[int, int] = (0, 0),
+    opened: tuple[Model, Tree] | None = None,
+    cache: files.PathLike = "",
 ) -> dict[str, Any]:
     """Ask a trained run about one slide; for research, not for diagnosis.
 
@@ -48,9 +50,11 @@ def look_at_slide(
         out: write the map of where the answer came from into this folder.
         max_tokens: of the answer.
         offset: (x, y) that map.geojson is moved by, as `slide_maps.to_geojson` says.
+        opened: from `run.load`; None = it is loaded here.
+        cache: folder of the tokens of slides; "" = that of the run.
     Returns:
         "answer", "relevance" [n] of the patches, "coords" [n, 2] or None, "slots" [k] (what each token was
-        worth), "map" (its folder).
+        worth), "patch_size" (level-0 pixels), "map" (its folder).
     Raises:
         ValueError: no question, no such run or file, features of another width or not finite, a run that
             never saw slides.
@@ -58,10 +62,10 @@ def look_at_slide(
     if not question.strip():
         raise ValueError("ask: the question must have text, got none")
     folder = Path(folder)
-    model, params = run.load(folder)
+    model, params = opened or run.load(folder)
     features = open_slide(slide, data_path(model.cfg, "features"), dims=model.compress.dim)
     data.check_encoder(folder, features)
-    tokens = slide_tokens(model.compress, model.compressor, features, folder / "tokens")
+    tokens = slide_tokens(model.compress, model.compressor, features, cache or folder / "tokens")
     # A conversation ends with an answer, which the prompt leaves out: here it is empty.
     turns = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
     conversation = SlideConversation(messages=turns, slides=features.names)
@@ -74,9 +78,16 @@ def look_at_slide(
     weights, coords = patch_weights(model.compress, model.compressor, features, name)
     # A slot that spoke against the answer is not where it came from: its patches count 0.
     relevance = patch_relevance(weights, slots, sign="positive")
-    result = {"answer": answer, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
+    size = _patch_size(features, name, coords)
+    result = {
+        "answer": answer,
+        "relevance": relevance,
+        "coords": coords,
+        "slots": slots,
+        "patch_size": size,
+        "map": "",
+    }
     if out:
-        size = _patch_size(features, name, coords)
         # Of STORE.h5::NAME the name.
         map_name = slide_name(str(slide).rpartition("::")[2])
         result["map"] = str(write_map(out, map_name, relevance, weights, coords, size, offset=offset))

@@ -1,0 +1,143 @@
+"""The HTTP service over a backend: how it starts and ends, who may ask, and what state it is in."""
+
+import asyncio
+import importlib.metadata
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from medvl.serve import chat_routes, page_routes, responses, room_routes
+from medvl.serve.backend import Backend
+from medvl.serve.http import Guard, failure, read_keys, refusal_of, seen
+from medvl.serve.interface import Refused
+from medvl.serve.metrics import Metrics
+from medvl.serve.responses import DISCLAIMER
+from medvl.serve.site import Site
+
+
+def make_app(backend: Backend) -> FastAPI:
+    """The service over a backend, which it starts and closes.
+
+    Raises:
+        ValueError: keys that cannot be read.
+    """
+    cfg = backend.cfg
+    digests = read_keys(cfg.keys) if cfg.keys else ()
+    site = Site(backend=backend, metrics=Metrics())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        backend.start()
+        yield
+        await backend.close()
+
+    app = FastAPI(
+        title="medvl",
+        version=importlib.metadata.version("medvl"),
+        description=DISCLAIMER,
+        lifespan=lifespan,
+        openapi_url="/openapi.json",
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+    )
+
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        refused = refusal_of(error)
+        headers = {"retry-after": str(refused.retry_after)} if refused.retry_after else {}
+        if refused.status == 413:
+            headers["connection"] = "close"  # what is left of the body is not read
+        body = failure(refused, seen().id).model_dump()
+        return JSONResponse(body, refused.status, headers)
+
+    for kind in (Refused, HTTPException):
+        app.add_exception_handler(kind, refuse)
+    app.add_middleware(
+        Guard,
+        digests=digests,
+        body_bytes=lambda path: cfg.scan_bytes if path == "/ct/classify" else cfg.body_bytes,
+        is_closing=lambda: backend.is_closing,
+        done=site.metrics.add_request,
+    )
+    if cfg.origins:  # outside of the guard, so that a browser may read refusals, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cfg.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    _add_state(app, site)
+    for routes in (page_routes, chat_routes, room_routes):
+        routes.add_routes(app, site)
+    return app
+
+
+# State ------------------------------------------------------------------------------------------------------
+def _add_state(app: FastAPI, site: Site) -> None:
+    backend = site.backend
+
+    @app.get("/health")
+    async def health() -> responses.Health:
+        """Whether the service is alive, and what of it is ready."""
+        processes = {}
+        for worker in backend.workers:
+            processes[worker.name] = {
+                "state": worker.state,
+                "restarts": worker.restarts,
+                "calls": worker.pending,
+                "resident_bytes": _resident_bytes(worker.pid),
+                **worker.info,
+                **worker.load,
+            }
+        status = "stopping" if backend.is_closing else "loading" if backend.missing else "ready"
+        return responses.Health(
+            status=status,  # type: ignore[arg-type]
+            missing=backend.missing,
+            version=app.version,
+            model=backend.model,
+            processes=processes,
+        )
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """200 where requests are answered now, else 503."""
+        if backend.is_closing or backend.missing:
+            raise Refused(503, f"not ready: {', '.join(backend.missing) or 'stopping'}", 5)
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        """Counters for Prometheus."""
+        return PlainTextResponse(site.metrics.text(backend), media_type="text/plain; version=0.0.4")
+
+    @app.get("/benchmark")
+    async def benchmark() -> dict[str, Any]:
+        """All results and benches in the folders of what is served."""
+        return {"disclaimer": DISCLAIMER, "files": await asyncio.to_thread(_read_results, backend)}
+
+
+def _resident_bytes(pid: int) -> int:
+    """Memory of a process; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as f:
+            return int(f.read().split()[1]) * 4096
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _read_results(backend: Backend) -> list[dict[str, Any]]:
+    files = []
+    for path in backend.result_files():
+        text = path.read_text(encoding="utf-8")
+        rows = (
+            [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        )
+        # Of a path only what names the run and the file.
+        files.append({"file": "/".join(path.parts[-3:]), "rows": rows})
+    return files

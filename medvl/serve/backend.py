@@ -1,0 +1,156 @@
+"""All processes of a service behind its HTTP: the model, those that open and read pages, the rooms of other systems."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+
+from medvl.base import config
+from medvl.serve import engine, pages, rooms
+from medvl.serve.engine import EngineConfig
+from medvl.serve.interface import Engine, Refused
+from medvl.serve.settings import ServeConfig
+from medvl.serve.worker import LocalEngine, Worker
+
+LANGUAGE_SYSTEMS = ("tune", "document", "adapters")  # as of `models`, which loads torch
+_OPENER_MIB = 2048
+
+
+@define
+class Backend:
+    """What answers requests. Of one event loop."""
+
+    cfg: ServeConfig
+    engine: Engine | None
+    model: str  # how clients call it
+    opener: Worker
+    readers: list[Worker]
+    rooms: dict[str, Worker]  # by the first part of their routes: "ct", "slides", "unified"
+    workers: list[Worker] = field(factory=list)  # all of them
+    is_closing: bool = False
+
+    async def read_pages(self, call: str, images: Sequence[Any], deadline_s: float) -> list[Any]:
+        """The words of pages, each read by the process that has least to do."""
+
+        async def read(number: int, image: Any) -> Any:
+            reader = min(self.readers, key=lambda worker: worker.pending)
+            return await reader.call(f"{call}/{number}", "read", deadline_s, image=image)
+
+        return await asyncio.gather(*(read(number, image) for number, image in enumerate(images)))
+
+    def room(self, name: str) -> Worker:
+        """Raises:
+        Refused: no run of its system is served.
+        """
+        if name not in self.rooms:
+            raise Refused(404, f"no run is served that answers /{name}; start the service with one by --run")
+        return self.rooms[name]
+
+    def language_engine(self) -> Engine:
+        """Raises:
+        Refused: no language model is served.
+        """
+        if self.engine is None:
+            raise Refused(
+                404, "no language model is served; start the service with a run, a model or an engine"
+            )
+        return self.engine
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of processes that are not ready."""
+        return [worker.name for worker in self.workers if worker.state != "ready"]
+
+    def start(self) -> None:
+        for worker in self.workers:
+            worker.start()
+
+    async def wait_ready(self) -> None:
+        """Raises:
+        ValueError: something cannot be opened.
+        """
+        await asyncio.gather(*(worker.wait_ready() for worker in self.workers))
+
+    async def close(self) -> None:
+        """Finish what is under way, then end all processes."""
+        self.is_closing = True
+        await asyncio.gather(*(worker.close(self.cfg.grace_s) for worker in self.workers))
+        if self.engine is not None and not isinstance(self.engine, LocalEngine):
+            await self.engine.close()
+
+    def result_files(self) -> list[Path]:
+        """Results and benches of what is served, as they lie in the folders of runs and in those of `results`."""
+        folders = [Path(run) for run in self.cfg.runs] + [Path(folder) for folder in self.cfg.results]
+        patterns = ("results*/results.jsonl", "bench/*.json*", "results.jsonl", "*.jsonl")
+        found = {
+            path: None for folder in folders for pattern in patterns for path in sorted(folder.glob(pattern))
+        }
+        return [path for path in found if path.is_file()]
+
+
+def make_backend(cfg: ServeConfig) -> Backend:
+    """Look at what is to be served, before anything is loaded.
+
+    Raises:
+        ValueError: nothing to serve, two runs of one kind, a folder that is no run.
+    """
+    language, others = _sort_runs(cfg)
+    engine_worker = None
+    served: Engine | None = None
+    name = ""
+    if cfg.engine:
+        from medvl.serve.remote import RemoteEngine
+
+        served, name = RemoteEngine(cfg.engine, model=cfg.engine_model), cfg.engine_model
+    elif language or cfg.model or cfg.registry:
+        # A registry's name where there is nothing else; a run of adapters has its registry.
+        place = language or cfg.model
+        sizes = EngineConfig(rows=cfg.rows, cells=cfg.cells, context=cfg.context)
+        engine_worker = Worker(
+            "model", engine.open_engine, place, cfg.registry, "", cfg.threads, sizes, most=cfg.queue
+        )
+        served, name = LocalEngine(engine_worker), Path(place or cfg.registry).stem
+    elif not others:
+        raise ValueError(
+            "serve: give something to serve: --run RUN, --model MODEL, --registry FILE or --engine URL"
+        )
+    opener = Worker("opener", pages.open_opener, cfg.limits, _OPENER_MIB, most=cfg.queue)
+    readers = [Worker(f"reader {i}", pages.open_reader, most=32 * cfg.queue) for i in range(cfg.readers)]
+    room_workers = {
+        name: Worker(name, opener_of, folder, most=cfg.queue) for name, (opener_of, folder) in others.items()
+    }
+    workers = [*([engine_worker] if engine_worker else []), opener, *readers, *room_workers.values()]
+    return Backend(
+        cfg=cfg,
+        engine=served,
+        model=name,
+        opener=opener,
+        readers=readers,
+        rooms=room_workers,
+        workers=workers,
+    )
+
+
+def _sort_runs(cfg: ServeConfig) -> tuple[str, dict[str, Any]]:
+    """(the run of a language system, {room: (how it is opened, run)})."""
+    language = ""
+    others: dict[str, Any] = {}
+    for run in cfg.runs:
+        folder = config.run_folder(run)
+        system = config.system_of(folder)
+        if system in LANGUAGE_SYSTEMS:
+            if language or cfg.model or cfg.registry or cfg.engine:
+                raise ValueError(f"serve: {run} is a second language model; give one, others on another port")
+            language = str(folder)
+        elif system in rooms.OPENERS:
+            name, opener_of = rooms.OPENERS[system]
+            if name in others:
+                raise ValueError(
+                    f"serve: {run} is a second run of {system}; give one, others on another port"
+                )
+            others[name] = opener_of, str(folder)
+        else:
+            raise ValueError(f"serve: {run} is a run of {system}, which is not served")
+    return language, others

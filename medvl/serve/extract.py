@@ -1,0 +1,191 @@
+"""A document becomes fields: its pages are opened, asked about and read at the same time, and then compared."""
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from attrs import define, evolve, field, frozen
+
+from medvl.documents.evidence import Evidence
+from medvl.documents.fields import Fields
+from medvl.documents.fields_schema import fields_schema
+from medvl.serve.backend import Backend
+from medvl.serve.interface import End, Piece, Refused, Request
+
+# What models are trained to answer with JSON (`phantoms/medical_words.toml`, "prompts").
+PROMPT = "Extract all fields as JSON."
+
+
+@frozen(kw_only=True)
+class Wish:
+    """What a client wants of a document."""
+
+    prompt: str = field(default="", repr=False)  # "" = `PROMPT`
+    schema: Mapping[str, Any] | None = field(
+        default=None, repr=False
+    )  # of the client's own; None = our fields
+    adapter: str | Mapping[str, float] = ""
+    max_tokens: int = 1024
+    pages: tuple[int, ...] = ()  # of a file, from 0; () = all
+    window: tuple[float, float] | None = None  # (black, white) of greys of more than 8 bits
+    evidence: bool = True
+    strict: bool = False  # leave out what no page shows
+    deadline_s: float = 120.0
+
+
+@define
+class Page:
+    """One page with what the model said of it."""
+
+    file: int  # from 0
+    number: int  # in its file, from 0
+    width: int
+    height: int
+    answer: str = field(default="", repr=False)
+    end: End | None = None
+    tree: Any = field(default=None, repr=False)  # of an own schema: the answer as JSON
+
+
+@frozen(kw_only=True)
+class Extraction:
+    """The fields of a document with their evidence."""
+
+    pages: tuple[Page, ...]
+    fields: Fields | None  # None with an own schema
+    evidence: Evidence | None  # None where it was not wanted, or with an own schema
+    page_evidence: tuple[Evidence, ...] = ()  # with an own schema, of each page
+    seconds: dict[str, float] = field(factory=dict)
+
+
+async def open_files(
+    backend: Backend, call: str, contents: Sequence[bytes], wish: Wish
+) -> tuple[list[Page], list[Any]]:
+    """The pages of files, and their pictures.
+
+    Raises:
+        Refused: as `uploads.open_uploads`.
+    """
+    window = wish.window
+    opened = await backend.opener.call(
+        call, "open", wish.deadline_s, contents=list(contents), chosen=wish.pages, window=window
+    )
+    pages, images = [], []
+    for file, of_file in enumerate(opened):
+        for place, image in enumerate(of_file):
+            number = wish.pages[place] if wish.pages else place
+            pages.append(Page(file=file, number=number, width=image.width, height=image.height))
+            images.append(image)
+    return pages, images
+
+
+async def answer(backend: Backend, request: Request) -> tuple[str, End]:
+    """The whole answer to a request, and how it ended."""
+    text, end = "", None
+    async with aclosing(backend.language_engine().stream(request)) as events:  # type: ignore[type-var]
+        async for event in events:
+            if isinstance(event, Piece):
+                text += event.text
+            else:
+                end = event
+    assert end is not None
+    return text, end
+
+
+async def extract(backend: Backend, call: str, contents: Sequence[bytes], wish: Wish) -> Extraction:
+    """The fields of a document, which the files of a request are together.
+
+    Args:
+        call: id of the request.
+    Raises:
+        Refused: a file or a wish that cannot be; what engine and readers refuse.
+    """
+    begun = time.monotonic()
+    seconds = dict[str, float]()
+    pages, images = await open_files(backend, call, contents, wish)
+    seconds["open"] = time.monotonic() - begun
+    wish = evolve(wish, deadline_s=max(0.001, wish.deadline_s - seconds["open"]))
+    with_evidence = wish.evidence and bool(backend.readers)
+    words: list[Any] | None = None
+    async with asyncio.TaskGroup() as tasks:  # where one fails, the others are cancelled
+        answering = tasks.create_task(
+            _timed(seconds, "answer", _answer_pages(backend, call, pages, images, wish))
+        )
+        if with_evidence:
+            reading = tasks.create_task(
+                _timed(seconds, "read", backend.read_pages(call, images, wish.deadline_s))
+            )
+    answering.result()
+    if with_evidence:
+        words = reading.result()
+    start = time.monotonic()
+    extraction = await _check(backend, call, pages, words, wish)
+    seconds["check"] = time.monotonic() - start
+    seconds["total"] = time.monotonic() - begun
+    return evolve(extraction, seconds=seconds)
+
+
+async def _timed(seconds: dict[str, float], name: str, work: Any) -> Any:
+    start = time.monotonic()
+    result = await work
+    seconds[name] = time.monotonic() - start
+    return result
+
+
+async def _answer_pages(
+    backend: Backend, call: str, pages: Sequence[Page], images: Sequence[Any], wish: Wish
+) -> None:
+    """Ask about each page; all at once, as the engine has room."""
+
+    async def ask(page: Page, image: Any, number: int) -> None:
+        request = Request(
+            id=f"{call}/{number}",
+            messages=({"role": "user", "content": f"<image>\n{wish.prompt or PROMPT}"},),
+            images=(image,),
+            adapter=wish.adapter,
+            schema=fields_schema() if wish.schema is None else wish.schema,
+            max_tokens=wish.max_tokens,
+            deadline_s=wish.deadline_s,
+        )
+        page.answer, page.end = await answer(backend, request)
+
+    async with asyncio.TaskGroup() as tasks:
+        for number, (page, image) in enumerate(zip(pages, images, strict=True)):
+            tasks.create_task(ask(page, image, number))
+
+
+async def _check(
+    backend: Backend, call: str, pages: Sequence[Page], words: list[Any] | None, wish: Wish
+) -> Extraction:
+    checker = min(backend.readers, key=lambda worker: worker.pending) if backend.readers else backend.opener
+    if wish.schema is None:
+        answers = [page.answer for page in pages]
+        checked = await checker.call(
+            f"{call}/check", "check", 0, answers=answers, pages=words, strict=wish.strict
+        )
+        return Extraction(pages=tuple(pages), fields=checked.fields, evidence=checked.evidence)
+    for page in pages:
+        page.tree = _parse(page)
+    evidence = []
+    if words is not None:
+        trees = [page.tree for page in pages]
+        evidence = await checker.call(f"{call}/check", "check_json", 0, trees=trees, pages=words)
+    return Extraction(pages=tuple(pages), fields=None, evidence=None, page_evidence=tuple(evidence))
+
+
+def _parse(page: Page) -> Any:
+    """The JSON of an answer; None where max_tokens cut it."""
+    try:
+        return json.loads(page.answer)
+    except ValueError:
+        return None
+
+
+def first_refusal(group: BaseExceptionGroup) -> Refused | None:
+    """The refusal among the exceptions of a group of tasks."""
+    found, _ = group.split(Refused)
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]  # type: ignore[assignment]
+    return found  # type: ignore[return-value]

@@ -1,0 +1,186 @@
+"""Requests as they are read: forms and JSON in memory, every fault told by its name and never by its value."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from attrs import frozen
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from medvl.serve.interface import Refused
+from medvl.serve.uploads import Limits
+
+T = TypeVar("T")
+_FIELD_BYTES = 2**20  # of a part of a form that is no file
+
+
+@frozen(kw_only=True)
+class Form:
+    """A body of multipart/form-data, in memory."""
+
+    files: list[bytes]
+    texts: dict[str, str]
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Raises:
+        Refused: another word.
+        """
+        text = self.texts.get(name, "").lower()
+        if text not in ("", "true", "false", "1", "0"):
+            raise Refused(422, f"{name} must be true or false")
+        return text in ("true", "1") if text else default
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """Raises:
+        Refused: no number, or one out of bounds.
+        """
+        try:
+            number = float(self.texts.get(name) or default)
+        except ValueError:
+            number = float("nan")
+        if not low <= number <= high:
+            raise Refused(422, f"{name} must be a number from {low:g} to {high:g}")
+        return number
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Numbers with commas between them; () where there are none.
+
+        Raises:
+            Refused: something else.
+        """
+        try:
+            return tuple(float(part) for part in self.texts.get(name, "").split(",") if part.strip())
+        except ValueError:
+            raise Refused(422, f"{name} must be numbers with commas between them") from None
+
+
+async def read_form(request: Request, limits: Limits, names: Sequence[str]) -> Form:
+    """The files (in parts named "file") and texts of a form.
+
+    Args:
+        names: of texts that it may have.
+    Raises:
+        Refused: 415 another type of body; 400 a broken one; 413 too long; 422 a part that is not known.
+    """
+    kind = request.headers.get("content-type", "")
+    if not kind.startswith("multipart/form-data"):
+        raise Refused(415, "a body must be multipart/form-data with the document in parts named 'file'")
+    parser = MultiPartParser(
+        request.headers,
+        request.stream(),
+        max_files=limits.files + 1,
+        max_fields=32,
+        max_part_size=_FIELD_BYTES,
+    )
+    parser.spool_max_size = 2**62  # never a file on disk
+    try:
+        form = await parser.parse()
+    except MultiPartException as e:
+        is_long = "maximum size" in e.message
+        raise Refused(
+            413 if is_long else 400, "the form cannot be read: it is broken or has too many parts"
+        ) from None
+    files, texts = list[bytes](), dict[str, str]()
+    async with form_closing(form):
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in ("file", "files"):
+                    raise Refused(422, "a file must be in a part named 'file'")
+                files.append(await value.read())
+            elif name in names:
+                texts[name] = value
+            else:
+                raise Refused(422, f"a form may have the parts file, {', '.join(names)}; it has another")
+    return Form(files=files, texts=texts)
+
+
+@asynccontextmanager
+async def form_closing(form: Any) -> AsyncIterator[None]:
+    """Free the files of a form."""
+    try:
+        yield
+    finally:
+        await form.close()
+
+
+async def read_json(request: Request, kind: type[T]) -> T:
+    """The body as a pydantic model.
+
+    Raises:
+        Refused: 415, 400 for what is no JSON, 422 for fields; the message names them and holds nothing of their values.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip()
+    if media != "application/json":
+        raise Refused(415, "a body must be application/json")
+    body = b"".join([part async for part in request.stream()])
+    try:
+        return kind.model_validate_json(body)  # type: ignore[attr-defined]
+    except ValidationError as e:
+        faults = []
+        for fault in e.errors(include_url=False, include_context=False, include_input=False)[:5]:
+            place = ".".join(
+                part
+                for part in map(str, fault["loc"])
+                if (part.isascii() and part.isidentifier()) or part.isdigit()
+            )
+            faults.append(f"{place or 'body'}: {_plain_fault(fault)}")
+        is_json = not any(
+            fault["type"] == "json_invalid" for fault in e.errors(include_context=False, include_input=False)
+        )
+        raise Refused(
+            422 if is_json else 400, "; ".join(faults) if is_json else "the body is not JSON"
+        ) from None
+
+
+def _plain_fault(fault: Mapping[str, Any]) -> str:
+    return {"missing": "is missing", "extra_forbidden": "is not known"}.get(fault["type"], fault["msg"])
+
+
+def read_adapter(text: str) -> str | dict[str, float]:
+    """A name, or a mixture as {"name": weight}.
+
+    Raises:
+        Refused: JSON that is no mixture.
+    """
+    if not text.startswith("{"):
+        return text
+    try:
+        mixture = json.loads(text)
+        return {str(name): float(weight) for name, weight in mixture.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise Refused(
+            422, 'adapter must be a name or a mixture such as {"liver": 0.5, "lung": 0.5}'
+        ) from None
+
+
+async def until_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of work that ends where the client goes. The body must have been read."""
+    task = asyncio.ensure_future(work)
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "the client has gone")
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+def form_schema(title: str, names: Sequence[str]) -> dict[str, Any]:
+    """The form of a route for the API's description; it is read by `read_form`."""
+    properties: dict[str, Any] = {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}}
+    properties |= {name: {"type": "string"} for name in names}
+    schema = {"title": title, "type": "object", "properties": properties, "required": ["file"]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

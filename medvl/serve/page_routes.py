@@ -1,0 +1,212 @@
+"""/extract and /analyze: pages become fields with evidence, or what the model says of them."""
+
+import json
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from medvl.documents.fields import fields_to_json
+from medvl.documents.fields_schema import read_schema
+from medvl.serve import extract, fhir, interface, responses
+from medvl.serve.extract import Extraction, Wish
+from medvl.serve.forms import Form, form_schema, read_adapter, read_form, until_gone
+from medvl.serve.http import seen
+from medvl.serve.interface import End, Refused
+from medvl.serve.site import Site, adapter_weights, count_end, finish_reason, seconds_of, streamed, usage_of
+
+_WISHES = (
+    "schema",
+    "prompt",
+    "adapter",
+    "max_tokens",
+    "pages",
+    "window",
+    "evidence",
+    "strict",
+    "deadline_s",
+    "format",
+)
+
+
+def read_wish(form: Form, site: Site) -> Wish:
+    """What a form asks for.
+
+    Raises:
+        Refused: a value that cannot be.
+    """
+    cfg = site.cfg
+    schema = None
+    if text := form.texts.get("schema", "").strip():
+        try:
+            schema = read_schema(text)
+        except ValueError as e:
+            raise Refused(422, str(e)) from None
+    window = form.numbers("window")
+    if window and (len(window) != 2 or not window[0] < window[1]):
+        raise Refused(422, "window must be black,white with black < white")
+    pages = form.numbers("pages")
+    if any(page < 0 or page != int(page) for page in pages):
+        raise Refused(422, "pages must be whole numbers from 0")
+    return Wish(
+        prompt=form.texts.get("prompt", "").strip(),
+        schema=schema,
+        adapter=read_adapter(form.texts.get("adapter", "")),
+        max_tokens=int(form.number("max_tokens", min(1024, cfg.max_tokens), 1, cfg.max_tokens)),
+        pages=tuple(map(int, pages)),
+        window=window or None,  # type: ignore[arg-type]
+        evidence=form.flag("evidence", True),
+        strict=form.flag("strict", False),
+        deadline_s=form.number("deadline_s", cfg.deadline_s, 0.1, cfg.deadline_s),
+    )
+
+
+def add_routes(app: FastAPI, site: Site) -> None:
+    """Add them to a service."""
+
+    @app.post("/extract", response_model=responses.Extracted, openapi_extra=form_schema("Extract", _WISHES))
+    async def extract_fields(request: Request) -> Any:
+        """Fields of a document, each with its place on the page or marked as unverified."""
+        form = await read_form(request, site.cfg.limits, _WISHES)
+        as_fhir = _wants_fhir(request, form)
+        wish = read_wish(form, site)
+        if as_fhir and wish.schema is not None:
+            raise Refused(422, "FHIR is made of our own fields: leave schema out, or format")
+        extraction = await until_gone(request, extract.extract(site.backend, seen().id, form.files, wish))
+        _count_extraction(site, extraction)
+        if as_fhir:
+            assert extraction.fields is not None
+            bundle = fhir.bundle(**_about_bundle(site, extraction, app.version))
+            return Response(json.dumps(bundle), media_type="application/fhir+json")
+        return _extracted(site, extraction)
+
+    @app.post(
+        "/analyze",
+        response_model=responses.Analysed,
+        openapi_extra=form_schema("Analyze", (*_WISHES, "stream")),
+    )
+    async def analyze(request: Request) -> Any:
+        """What the model says of pages, as text; streamed with stream=true."""
+        form = await read_form(request, site.cfg.limits, (*_WISHES, "stream", "temperature"))
+        wish = read_wish(form, site)
+        begun = time.monotonic()
+        opened = await extract.open_files(site.backend, seen().id, form.files, wish)
+        asked = interface.Request(
+            id=seen().id,
+            messages=(
+                {"role": "user", "content": "<image>\n" * len(opened[1]) + (wish.prompt or _DESCRIBE)},
+            ),
+            images=tuple(opened[1]),
+            adapter=wish.adapter,
+            schema=wish.schema,
+            max_tokens=wish.max_tokens,
+            temperature=form.number("temperature", 0, 0, 100),
+            deadline_s=wish.deadline_s,
+        )
+        if form.flag("stream", False):
+            return await streamed(
+                site, asked, lambda piece: {"text": piece}, lambda end: [_analysed(site, "", end, begun)]
+            )
+        text, end = await until_gone(request, extract.answer(site.backend, asked))
+        count_end(site, end)
+        return _analysed(site, text, end, begun)
+
+
+_DESCRIBE = "Describe what this shows."
+
+
+def _wants_fhir(request: Request, form: Form) -> bool:
+    wanted = request.query_params.get("format") or form.texts.get("format", "json")
+    if wanted not in ("json", "fhir"):
+        raise Refused(422, "format must be json or fhir")
+    return wanted == "fhir"
+
+
+def _count_extraction(site: Site, extraction: Extraction) -> None:
+    for page in extraction.pages:
+        seen().count(pages=1, pixels=page.width * page.height)
+        assert page.end is not None
+        count_end(site, page.end)
+    for value in _values(extraction):
+        site.metrics.values.labels(value.status).inc()
+    for warning in extraction.evidence.warnings if extraction.evidence else ():
+        site.metrics.warnings.labels(warning.kind).inc()
+
+
+def _values(extraction: Extraction) -> list[responses.FoundValue]:
+    """The evidence as it is told. Values of an own schema are under the number of their page."""
+    found = []
+    for value in extraction.evidence.values if extraction.evidence else ():
+        found.append(_value(value, value.path, value.page))
+    for number, evidence in enumerate(extraction.page_evidence):
+        found += [_value(value, f"{number}/{value.path}", number) for value in evidence.values]
+    return found
+
+
+def _value(value: Any, path: str, page: int | None) -> responses.FoundValue:
+    return responses.FoundValue(
+        path=path,
+        text=value.text,
+        status=value.status,
+        verified=value.verified,
+        page=page if value.box else None,
+        box=value.box,
+        score=round(value.score, 3),
+        unshown=list(value.unshown),
+    )
+
+
+def _extracted(site: Site, extraction: Extraction) -> responses.Extracted:
+    values = _values(extraction)
+    warnings = [
+        responses.FoundWarning(path=warning.path, kind=warning.kind, message=warning.message)
+        for warning in (extraction.evidence.warnings if extraction.evidence else ())
+    ]
+    cut = [page for page in extraction.pages if page.end and page.end.reason == "length"]
+    for page in cut:
+        message = (
+            f"the answer for page {page.number} of file {page.file} reached max_tokens and is not complete"
+        )
+        warnings.append(responses.FoundWarning(path="", kind="cut", message=message))
+    ends = [page.end for page in extraction.pages if page.end]
+    return responses.Extracted(
+        id=seen().id,
+        model=site.backend.model,
+        adapters=adapter_weights(ends[0]),
+        fields=None if extraction.fields is None else json.loads(fields_to_json(extraction.fields)),
+        values=values,
+        unverified=[value.path for value in values if not value.verified],
+        warnings=warnings,
+        pages=[_page(page) for page in extraction.pages],
+        usage=usage_of(ends),
+        seconds=seconds_of(extraction.seconds, ends),
+    )
+
+
+def _page(page: extract.Page) -> responses.PageAnswer:
+    assert page.end is not None
+    return responses.PageAnswer(
+        file=page.file,
+        page=page.number,
+        width=page.width,
+        height=page.height,
+        finish_reason=finish_reason(page.end),
+        answer=page.tree,
+    )
+
+
+def _analysed(site: Site, text: str, end: End, begun: float) -> responses.Analysed:
+    return responses.Analysed(
+        id=seen().id,
+        model=site.backend.model,
+        adapters=adapter_weights(end),
+        text=text,
+        finish_reason=finish_reason(end),
+        usage=usage_of([end]),
+        seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
+    )
+
+
+def _about_bundle(site: Site, extraction: Extraction, version: str) -> dict[str, Any]:
+    raise NotImplementedError
