@@ -8,13 +8,18 @@ from typing import Any
 from attrs import define, field
 
 from medvl.base import config
-from medvl.serve import engine, pages, rooms
-from medvl.serve.engine import EngineConfig
 from medvl.serve.interface import Engine, Refused
 from medvl.serve.settings import ServeConfig
 from medvl.serve.worker import LocalEngine, Worker
 
-LANGUAGE_SYSTEMS = ("tune", "document", "adapters")  # as of `models`, which loads torch
+# Whose runs are a language model that answers conversations; `models` opens them.
+LANGUAGE_SYSTEMS = ("tune", "document", "adapters")
+# By system: the first part of the routes, and how its process opens a run.
+_ROOMS = {
+    "ct_clip": ("ct", "medvl.serve.rooms:open_ct"),
+    "slide_vqa": ("slides", "medvl.serve.rooms:open_slides"),
+    "unified": ("unified", "medvl.serve.rooms:open_unified"),
+}
 _OPENER_MIB = 2048
 
 
@@ -107,17 +112,19 @@ def make_backend(cfg: ServeConfig) -> Backend:
     elif language or cfg.model or cfg.registry:
         # A registry's name where there is nothing else; a run of adapters has its registry.
         place = language or cfg.model
-        sizes = EngineConfig(rows=cfg.rows, cells=cfg.cells, context=cfg.context)
-        engine_worker = Worker(
-            "model", engine.open_engine, place, cfg.registry, "", cfg.threads, sizes, most=cfg.queue
-        )
+        sizes = (cfg.rows, cfg.cells, cfg.context)
+        opener_of = "medvl.serve.engine:open_engine"
+        engine_worker = Worker("model", opener_of, place, cfg.registry, cfg.threads, sizes, most=cfg.queue)
         served, name = LocalEngine(engine_worker), Path(place or cfg.registry).stem
     elif not others:
         raise ValueError(
             "serve: give something to serve: --run RUN, --model MODEL, --registry FILE or --engine URL"
         )
-    opener = Worker("opener", pages.open_opener, cfg.limits, _OPENER_MIB, most=cfg.queue)
-    readers = [Worker(f"reader {i}", pages.open_reader, most=32 * cfg.queue) for i in range(cfg.readers)]
+    opener = Worker("opener", "medvl.serve.pages:open_opener", cfg.limits, _OPENER_MIB, most=cfg.queue)
+    readers = [
+        Worker(f"reader {i}", "medvl.serve.pages:open_reader", most=32 * cfg.queue)
+        for i in range(cfg.readers)
+    ]
     room_workers = {
         name: Worker(name, opener_of, folder, most=cfg.queue) for name, (opener_of, folder) in others.items()
     }
@@ -144,8 +151,8 @@ def _sort_runs(cfg: ServeConfig) -> tuple[str, dict[str, Any]]:
             if language or cfg.model or cfg.registry or cfg.engine:
                 raise ValueError(f"serve: {run} is a second language model; give one, others on another port")
             language = str(folder)
-        elif system in rooms.OPENERS:
-            name, opener_of = rooms.OPENERS[system]
+        elif system in _ROOMS:
+            name, opener_of = _ROOMS[system]
             if name in others:
                 raise ValueError(
                     f"serve: {run} is a second run of {system}; give one, others on another port"

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,7 +14,7 @@ from medvl.serve.extract import Wish
 from medvl.serve.forms import read_json, until_gone
 from medvl.serve.http import seen
 from medvl.serve.interface import End, Refused
-from medvl.serve.responses import DISCLAIMER, ChatBody
+from medvl.serve.responses import DISCLAIMER, ChatBody, ImagePart, Text
 from medvl.serve.site import Site, count_end, finish_reason, streamed, usage_of
 
 
@@ -126,13 +126,13 @@ async def _chat_request(site: Site, body: ChatBody) -> interface.Request:
     )
 
 
-def _chat_text(content: str | Sequence[Any], contents: list[bytes]) -> str:
+def _chat_text(content: str | list[Text | ImagePart], contents: list[bytes]) -> str:
     """The text of a message with a tag for each image, whose bytes are added to `contents`."""
     if isinstance(content, str):
         return content
     parts = []
     for part in content:
-        if part.type == "text":
+        if isinstance(part, Text):
             parts.append(part.text)
         else:
             contents.append(_data_bytes(part.image_url.url))

@@ -191,7 +191,7 @@ class BatchEngine:
 
     def load(self) -> dict[str, float]:
         """How much there is to do, and what it holds on a GPU in bytes: for the metrics."""
-        load = {
+        load: dict[str, float] = {
             "waiting": len(self._waiting),
             "running": len(self._rows),
             "cached_tokens": sum(self._cache.cache.lengths),
@@ -493,15 +493,17 @@ def open_engine(
     emit: Emit,
     place: str,
     registry: str,
-    base: str,
     threads: int,
-    cfg: EngineConfig,
+    sizes: tuple[int, int, int],
 ) -> EngineService:
     """An `EngineService` of what `models.open_served` opens.
 
     Args:
         threads: of a CPU; 0 = as torch chooses.
+        sizes: rows, cells and context of `EngineConfig`.
     """
     if threads:
         torch.set_num_threads(threads)
-    return EngineService(post, emit, open_served(place, registry, base), cfg)
+    rows, cells, context = sizes
+    cfg = EngineConfig(rows=rows, cells=cells, context=context)
+    return EngineService(post, emit, open_served(place, registry), cfg)

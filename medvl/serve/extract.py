@@ -13,7 +13,7 @@ from medvl.documents.evidence import Evidence
 from medvl.documents.fields import Fields
 from medvl.documents.fields_schema import fields_schema
 from medvl.serve.backend import Backend
-from medvl.serve.interface import End, Piece, Refused, Request
+from medvl.serve.interface import End, Piece, Request
 
 # What models are trained to answer with JSON (`phantoms/medical_words.toml`, "prompts").
 PROMPT = "Extract all fields as JSON."
@@ -181,11 +181,3 @@ def _parse(page: Page) -> Any:
         return json.loads(page.answer)
     except ValueError:
         return None
-
-
-def first_refusal(group: BaseExceptionGroup) -> Refused | None:
-    """The refusal among the exceptions of a group of tasks."""
-    found, _ = group.split(Refused)
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]  # type: ignore[assignment]
-    return found  # type: ignore[return-value]

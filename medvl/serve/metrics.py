@@ -1,5 +1,7 @@
 """What the service counts, as Prometheus reads it. Only this file imports prometheus_client."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from medvl.serve.backend import Backend
@@ -14,7 +16,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        about = {"registry": self.registry}
+        about: Any = {"registry": self.registry}
         self.requests = Counter(
             "medvl_requests", "Requests by route and status", ("route", "status"), **about
         )

@@ -6,7 +6,7 @@ Files that are sent stay in memory: they are opened by a name that the system gi
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,3 @@ def _without_path(error: ValueError) -> str:
     """The message of an error about a file, without the file's name."""
     words = [word for word in str(error).split() if "/proc/self/fd" not in word]
     return " ".join(words)[:300]
-
-
-# By system: the first part of the routes, and how its process opens a run.
-OPENERS: Mapping[str, tuple[str, Callable[..., Calls]]] = {
-    "ct_clip": ("ct", open_ct),
-    "slide_vqa": ("slides", open_slides),
-    "unified": ("unified", open_unified),
-}

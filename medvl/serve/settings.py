@@ -3,7 +3,23 @@
 from attrs import field, frozen
 
 from medvl.base import config
-from medvl.serve.uploads import Limits
+
+
+@frozen(kw_only=True)
+class Limits:
+    """What a request may send."""
+
+    file_bytes: int = 20 * 2**20
+    files: int = 8
+    pages: int = 32  # of all files
+    page_pixels: int = 50_000_000  # an A4 page at 600 dpi has 35 million
+    pixels: int = 100_000_000  # of all pages; each takes four bytes
+    aspect: int = 200  # times as long as wide, as models take it
+    dpi: int = 150  # at which pages of PDF are drawn
+
+    def __attrs_post_init__(self) -> None:
+        names = ("file_bytes", "files", "pages", "page_pixels", "pixels", "aspect", "dpi")
+        config.check_bounds(self, "Limits", **dict.fromkeys(names, (1, 2**31)))
 
 
 @frozen(kw_only=True)
@@ -57,5 +73,3 @@ class ServeConfig:
         )
         if self.engine and (self.model or self.registry):
             raise ValueError("serve: give either a model here (run, model, registry) or an engine elsewhere")
-        if self.model and self.registry == "" and not self.model.strip():
-            raise ValueError("serve: model must be a folder or a name")

@@ -18,34 +18,17 @@ from typing import Any
 from attrs import field, frozen
 from PIL import Image
 
-from medvl.base.config import check_bounds
 from medvl.base.files import READ_ERRORS
 from medvl.language import dicom_image
 from medvl.language.images import open_image, to_rgb
 from medvl.serve.interface import Refused
+from medvl.serve.settings import Limits
 
 NAMES = {"png": "PNG", "jpeg": "JPEG", "tiff": "TIFF", "webp": "WebP", "pdf": "PDF", "dicom": "DICOM"}
 _PASSWORD = 4  # FPDF_ERR_PASSWORD
 # Of the parts of a TIFF page: rows of pixels, tiles. A program that writes each row apart has fewer.
 _MOST_PARTS = 2**16
 _MOST_SCANS = 500  # of a JPEG: each passes over all pixels; a progressive one has about ten
-
-
-@frozen(kw_only=True)
-class Limits:
-    """What a request may send."""
-
-    file_bytes: int = 20 * 2**20
-    files: int = 8
-    pages: int = 32  # of all files
-    page_pixels: int = 50_000_000  # an A4 page at 600 dpi has 35 million
-    pixels: int = 100_000_000  # of all pages; each takes four bytes
-    aspect: int = 200  # times as long as wide, as models take it
-    dpi: int = 150  # at which pages of PDF are drawn
-
-    def __attrs_post_init__(self) -> None:
-        names = ("file_bytes", "files", "pages", "page_pixels", "pixels", "aspect", "dpi")
-        check_bounds(self, "Limits", **dict.fromkeys(names, (1, 2**31)))
 
 
 @frozen(kw_only=True)

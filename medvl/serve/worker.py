@@ -4,6 +4,7 @@ The service itself computes nothing, so that it answers while they work, and out
 """
 
 import asyncio
+import importlib
 import inspect
 import logging
 import os
@@ -58,8 +59,9 @@ class Service(Protocol):
         """How much it has to do and holds, for the metrics."""
 
 
-# (post, emit) and arguments -> a service. `post` sends it a message; `emit` sends an event.
-Opener = Callable[..., Service]
+# "module:function" of a function (post, emit) and arguments -> a service. `post` sends it a message; `emit` sends an
+# event. By name, so that the service itself need not import what only its processes need, such as torch.
+Opener = str
 
 
 # In the process -------------------------------------------------------------------------------------------------
@@ -93,7 +95,11 @@ def _run_service(connection: Connection, opener: Opener, arguments: tuple[Any, .
         return not inbox.empty()
 
     try:
-        service = opener(inbox.put, lambda call, event: outbox.append((call, event)), *arguments)
+        module, _, function = opener.partition(":")
+        open_service = getattr(importlib.import_module(module), function)
+        service: Service = open_service(
+            inbox.put, lambda call, event: outbox.append((call, event)), *arguments
+        )
     except ValueError as e:
         connection.send(("failed", str(e)))
         return
@@ -201,7 +207,7 @@ class Worker:
 
     def __init__(self, name: str, opener: Opener, *arguments: Any, most: int = 64) -> None:
         """Args:
-        opener: an importable function.
+        opener: "module:function", see `Opener`.
         most: calls at a time, those that wait among them.
         """
         self.name = name

@@ -58,7 +58,7 @@ def test_calls_are_answered():
             await worker.call("c", "fail")
         assert refused.value.status == 400
 
-    run(scenario, slow_echo)
+    run(scenario, "tests.serve.test_worker:slow_echo")
 
 
 def test_a_crash_says_where_and_not_what(caplog):
@@ -70,7 +70,7 @@ def test_a_crash_says_where_and_not_what(caplog):
         assert await worker.call("c", "echo", text="z") == "zz"
         return refused.value
 
-    text = str(run(scenario, slow_echo)) + caplog.text
+    text = str(run(scenario, "tests.serve.test_worker:slow_echo")) + caplog.text
     assert "KeyError" in text
     assert "Jane" not in text
     assert "4711" not in text
@@ -81,7 +81,7 @@ def test_what_cannot_be_opened_is_said():
         raise AssertionError
 
     with pytest.raises(ValueError, match="there is no such model"):
-        run(scenario, broken)
+        run(scenario, "tests.serve.test_worker:broken")
 
 
 def test_too_many_too_late_and_twice():
@@ -99,7 +99,7 @@ def test_too_many_too_late_and_twice():
         assert await slow == "xx"
         return [one.value.status for one in (twice, full, too_late)], full.value.retry_after
 
-    statuses, retry_after = run(scenario, slow_echo, most=2)
+    statuses, retry_after = run(scenario, "tests.serve.test_worker:slow_echo", most=2)
     assert statuses == [409, 429, 504]
     assert retry_after >= 1
 
@@ -115,7 +115,7 @@ def test_closing_finishes_what_is_under_way():
         await closing
         return await slow, refused.value.status, worker._process.is_alive()
 
-    assert run(scenario, slow_echo) == ("xx", 503, False)
+    assert run(scenario, "tests.serve.test_worker:slow_echo") == ("xx", 503, False)
 
 
 async def collect(engine, request):
@@ -155,7 +155,7 @@ def test_a_killed_engine_comes_back_and_answers_each_request_once():
         assert [answers[i] for i in range(20)] == expected
         assert worker.restarts == 1
 
-    run(scenario, served_toy.open_service)
+    run(scenario, "tests.serve.served_toy:open_service")
 
 
 def test_a_client_that_goes_frees_its_row():
@@ -168,4 +168,4 @@ def test_a_client_that_goes_frees_its_row():
         _, ends = await collect(engine, evolve(long, max_tokens=5))
         return ends
 
-    assert run(scenario, served_toy.open_service, 1) == 1
+    assert run(scenario, "tests.serve.served_toy:open_service", 1) == 1
