@@ -247,6 +247,33 @@ def pipeline(c, exp, set_=None, check=False):
 
 
 @task(
+    positional=[],
+    iterable=["run", "set_"],
+    help={
+        "run": "run folder, repeatable: one of tune, document or adapters, one of ct_clip, slide_vqa and unified each",
+        "model": "in place of a run of a language model: folder or hub name of a model",
+        "registry": "adapters for the model (.toml or .json)",
+        "engine": "in place of both: address of a server of OpenAI's API, such as http://vllm:8000",
+        "keys": "file of accepted keys (sha256:HEX a line); `--new-key` prints one",
+        "host": "default: 127.0.0.1",
+        "port": "default: 8000",
+        "new_key": "print a new key and its line for the file, and serve nothing",
+        "set_": "setting of the service, e.g. rows=8, queue=32, limits.pages=16, repeatable",
+    },
+)
+def serve(c, run=None, model="", registry="", engine="", keys="", host="", port="", new_key=False, set_=None):
+    """Serve runs over HTTP: pages become fields with evidence, questions answers. Research use, not for diagnosis."""
+    # The task has the module's name.
+    from medvl.commands import serve as commands
+
+    if new_key:
+        _call(commands.print_key)
+        return
+    number = _whole("port", port, 0, 65535) if port else -1
+    _call(commands.serve, run or (), model, registry, engine, keys, host, number, set_ or ())
+
+
+@task(
     name="gpu-check",
     help={
         "out": "folder for check.json",

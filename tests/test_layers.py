@@ -11,6 +11,7 @@ PACKAGES = (
     *("base", "weights", "components", "evaluation", "hub", "training"),
     *("ct", "language", "documents", "phantoms", "slides", "adapters", "systems", "serve", "commands"),
 )
+HTTP = ("api", "forms", "http", "responses", "site", "page_routes", "chat_routes", "room_routes")
 DOORS = {  # a heavy package, and the only files that import it
     "transformers": ("hub",),
     "bitsandbytes": ("weights/four_bit.py",),
@@ -21,6 +22,9 @@ DOORS = {  # a heavy package, and the only files that import it
     "invoke": ("../tasks.py",),
     "pypdfium2": ("serve/uploads.py",),
     "rapidocr": ("documents/read_page.py",),
+    "prometheus_client": ("serve/metrics.py",),
+    "uvicorn": ("commands/serve.py",),
+    **dict.fromkeys(("fastapi", "starlette", "pydantic"), tuple(f"serve/{name}.py" for name in HTTP)),
     "llguidance": ("language/json_schema.py",),
     "httpx": ("serve/remote.py",),
 }

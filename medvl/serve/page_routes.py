@@ -5,11 +5,10 @@ import time
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
 
 from medvl.documents.fields import fields_to_json
 from medvl.documents.fields_schema import read_schema
-from medvl.serve import extract, fhir, interface, responses
+from medvl.serve import extract, interface, responses
 from medvl.serve.extract import Extraction, Wish
 from medvl.serve.forms import Form, form_schema, read_adapter, read_form, until_gone
 from medvl.serve.http import seen
@@ -76,9 +75,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
         extraction = await until_gone(request, extract.extract(site.backend, seen().id, form.files, wish))
         _count_extraction(site, extraction)
         if as_fhir:
-            assert extraction.fields is not None
-            bundle = fhir.bundle(**_about_bundle(site, extraction, app.version))
-            return Response(json.dumps(bundle), media_type="application/fhir+json")
+            raise Refused(501, "FHIR is to come")
         return _extracted(site, extraction)
 
     @app.post(
@@ -206,7 +203,3 @@ def _analysed(site: Site, text: str, end: End, begun: float) -> responses.Analys
         usage=usage_of([end]),
         seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
     )
-
-
-def _about_bundle(site: Site, extraction: Extraction, version: str) -> dict[str, Any]:
-    raise NotImplementedError

@@ -106,13 +106,15 @@ def add_routes(app: FastAPI, site: Site) -> None:
         )
         text, end = await until_gone(request, extract.answer(backend, asked))
         count_end(site, end)
-        about_end = {
-            "adapters": adapter_weights(end),
-            "usage": usage_of([end]),
-            "finish_reason": finish_reason(end),
-        }
-        seconds = seconds_of({"total": time.monotonic() - begun}, [end])
-        return responses.Analysed(id=seen().id, model=backend.model, text=text, seconds=seconds, **about_end)
+        return responses.Analysed(
+            id=seen().id,
+            model=backend.model,
+            text=text,
+            adapters=adapter_weights(end),
+            usage=usage_of([end]),
+            finish_reason=finish_reason(end),
+            seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
+        )
 
     @app.post("/unified/ask", response_model=responses.TextAnswer, openapi_extra=form_schema("Ask", _UNIFIED))
     async def ask_unified(request: Request) -> Any:

@@ -1,0 +1,71 @@
+"""A real service with a tiny model, in a thread of the test: real sockets, real processes."""
+
+import asyncio
+import threading
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+
+from medvl.serve.api import make_app
+from medvl.serve.backend import Backend
+from medvl.serve.settings import ServeConfig
+from medvl.serve.worker import LocalEngine, Worker
+
+
+class Running:
+    """A service that listens."""
+
+    def __init__(self, cfg, rows, opener, readers):
+        self.cfg, self.rows, self.opener_of, self.reader_openers = cfg, rows, opener, readers
+        self.address = ""
+        self.backend = None
+        self._listening = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
+
+    async def _main(self):
+        model = Worker("model", self.opener_of, self.rows, most=self.cfg.queue)
+        opener = Worker("opener", "medvl.serve.pages:open_opener", self.cfg.limits, 0, most=self.cfg.queue)
+        readers = [Worker(f"reader {i}", name) for i, name in enumerate(self.reader_openers)]
+        self.backend = Backend(
+            cfg=self.cfg,
+            engine=LocalEngine(model),
+            model="toy",
+            opener=opener,
+            readers=readers,
+            rooms={},
+            workers=[model, opener, *readers],
+        )
+        config = uvicorn.Config(
+            make_app(self.backend), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=30
+        )
+        self.server = uvicorn.Server(config)
+        serving = asyncio.create_task(self.server.serve())
+        while not self.server.started:
+            await asyncio.sleep(0.01)
+        self.loop = asyncio.get_running_loop()
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        await self.backend.wait_ready()
+        self._listening.set()
+        await serving
+
+    def stop(self):
+        self.server.should_exit = True
+
+
+@contextmanager
+def running(rows=8, opener="tests.serve.served_toy:open_service", readers=(), **settings):
+    """A service with settings of `ServeConfig`."""
+    service = Running(ServeConfig(port=0, **settings), rows, opener, readers)
+    service._thread.start()
+    assert service._listening.wait(60)
+    try:
+        yield service
+    finally:
+        service.stop()
+        service._thread.join(40)
+
+
+def client(service, **options):
+    return httpx.Client(base_url=service.address, timeout=60, trust_env=False, **options)
