@@ -88,3 +88,18 @@ def requests(count, rng, max_tokens=(5, 40)):
             )
         )
     return made
+
+
+def open_slow_service(post, emit, rows):
+    """A service that takes a tenth of a second for each token."""
+    import time
+
+    service = open_service(post, emit, rows)
+    work = service.engine._add_tokens
+
+    def slowly(*arguments):
+        time.sleep(0.1)
+        work(*arguments)
+
+    service.engine._add_tokens = slowly
+    return service

@@ -1,0 +1,419 @@
+"""The service by real clients: every status, what it answers, and that nothing of a patient is told elsewhere."""
+
+import base64
+import hashlib
+import io
+import json
+import socket
+import struct
+import threading
+import time
+import zipfile
+import zlib
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.serve import toy_service
+
+KEY = "a-key-of-a-client"
+
+
+def png(width=40, height=30):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 10, 10)).save(file, "PNG")
+    return file.getvalue()
+
+
+def claimed_png(width, height):
+    """A PNG of 68 bytes and so that says it has many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def zipped():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("page.png", png())
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text(f"# the ward\nsha256:{hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    with toy_service.running(
+        keys=str(keys), body_bytes=2**20, max_tokens=300, origins=("http://127.0.0.1:7860",), deadline_s=30.0
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def web(service):
+    with toy_service.client(service, headers={"authorization": f"Bearer {KEY}"}) as client:
+        yield client
+
+
+def chat_body(**changes):
+    return {"messages": [{"role": "user", "content": "glucose"}], "max_tokens": 8, **changes}
+
+
+def with_image(url):
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": url}}],
+        }
+    ]
+
+
+FILES = {
+    "400 too many pixels": (claimed_png(20000, 20000), 400, "pixels"),
+    "400 a truncated picture": (png()[:60], 400, "cannot be read"),
+    "415 a zip named .png": (zipped(), 415, "by its content"),
+    "415 nothing": (b"", 415, "by its content"),
+    "415 HTML": (b"<html>Jane Doe</html>", 415, "by its content"),
+    "413 too many bytes": (b"\x89PNG" + bytes(2**20), 413, "bytes"),
+}
+
+
+@pytest.mark.parametrize(("content", "status", "message"), FILES.values(), ids=FILES)
+@pytest.mark.parametrize("route", ["/extract", "/analyze"])
+def test_files_that_are_no_pages(web, route, content, status, message):
+    answer = web.post(route, files={"file": ("Jane Doe.png", content, "image/png")})
+    check_refusal(answer, status, message)
+
+
+FORMS = {
+    "no file": ({}, {}, 415, "multipart"),
+    "a number that is none": ({"max_tokens": "many"}, {"file": png()}, 422, "max_tokens must be a number"),
+    "too many tokens": (
+        {"max_tokens": "301"},
+        {"file": png()},
+        422,
+        "max_tokens must be a number from 1 to 300",
+    ),
+    "a flag that is none": ({"strict": "Jane"}, {"file": png()}, 422, "strict must be true or false"),
+    "an unknown part": ({"Jane Doe": "1"}, {"file": png()}, 422, "it has another"),
+    "a file in another part": ({}, {"Jane": png()}, 422, "part named 'file'"),
+    "a format": ({"format": "Jane"}, {"file": png()}, 422, "format must be json or fhir"),
+    "a schema that is no JSON": ({"schema": "Jane"}, {"file": png()}, 422, "schema"),
+    "a schema that is no object": ({"schema": '{"type": "string"}'}, {"file": png()}, 422, "schema"),
+    "FHIR of another schema": (
+        {"schema": '{"type": "object", "properties": {"a": {"type": "string"}}}', "format": "fhir"},
+        {"file": png()},
+        422,
+        "FHIR",
+    ),
+    "a window": ({"window": "5,1"}, {"file": png()}, 422, "window"),
+    "a page that is not there": ({"pages": "3"}, {"file": png()}, 422, "page"),
+    "pages that are none": ({"pages": "Jane"}, {"file": png()}, 422, "pages must be numbers"),
+    "an adapter": ({"adapter": "Jane"}, {"file": png()}, 400, "adapter: there are liver"),
+    "a mixture that is none": ({"adapter": '{"liver": "Jane"}'}, {"file": png()}, 422, "adapter must be"),
+}
+
+
+@pytest.mark.parametrize(("data", "files", "status", "message"), FORMS.values(), ids=FORMS)
+def test_forms_that_cannot_be(web, data, files, status, message):
+    check_refusal(web.post("/extract", data=data, files=files), status, message)
+
+
+BODIES = {
+    "no JSON": (b"{Jane", 400, "not JSON"),
+    "no messages": ({"messages": []}, 422, "messages"),
+    "a role": (chat_body(messages=[{"role": "Jane", "content": "x"}]), 422, "role"),
+    "an answer at the end": (
+        chat_body(messages=[{"role": "assistant", "content": "x"}]),
+        400,
+        "roles must be user",
+    ),
+    "tokens": (chat_body(max_tokens=301), 422, "max_tokens must be at most 300"),
+    "a text for a number": (chat_body(max_tokens="Jane"), 422, "max_tokens"),
+    "several answers": (chat_body(n=2), 400, "n: not supported"),
+    "tools": (chat_body(tools=[{"type": "function"}]), 400, "tools: not supported"),
+    "an address elsewhere": (
+        chat_body(messages=with_image("http://169.254.169.254/Jane")),
+        400,
+        "nothing is fetched",
+    ),
+    "a local file": (chat_body(messages=with_image("file:///etc/passwd")), 400, "nothing is fetched"),
+    "no base64": (chat_body(messages=with_image("data:image/png;base64,Jane!")), 400, "base64"),
+    "no picture": (
+        chat_body(messages=with_image("data:image/png;base64," + base64.b64encode(zipped()).decode())),
+        415,
+        "by its content",
+    ),
+    "a schema": (
+        chat_body(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "Jane"}}}),
+        400,
+        "schema",
+    ),
+    "a model": (chat_body(model="Jane"), 400, "adapter: there are liver"),
+    "a stop that is empty": (chat_body(stop=[""]), 400, "stop"),
+    "too long a prompt": (
+        chat_body(messages=[{"role": "user", "content": "glucose " * 500}]),
+        400,
+        "at most 400",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "message"), BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bodies_that_cannot_be(web, body, status, message, stream):
+    if isinstance(body, dict):
+        body = json.dumps(body | {"stream": stream}).encode()
+    answer = web.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    check_refusal(answer, status, message)
+
+
+def check_refusal(answer, status, message):
+    """One error in OpenAI's form, without anything of the request."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert error["code"] == status
+    assert "Jane" not in answer.text
+    assert answer.headers["x-request-id"] == answer.json()["id"]
+
+
+def test_keys(service):
+    with toy_service.client(service) as client:
+        for header in (
+            {},
+            {"authorization": "Bearer no"},
+            {"authorization": f"Basic {KEY}"},
+            {"authorization": KEY},
+        ):
+            for route in ("/metrics", "/v1/models", "/benchmark", "/openapi.json"):
+                answer = client.get(route, headers=header)
+                check_refusal(answer, 401, "a key is needed")
+                assert answer.headers["www-authenticate"] == "Bearer"
+            assert client.post("/extract", files={"file": png()}, headers=header).status_code == 401
+        assert client.get("/health").json()["status"] == "ready"
+        assert client.get("/ready").status_code == 200
+        assert client.get("/v1/models", headers={"authorization": f"bearer {KEY}"}).status_code == 200
+
+
+def test_addresses_and_methods(web):
+    check_refusal(web.get("/patients/Jane"), 404, "no such address")
+    check_refusal(web.get("/extract"), 405, "another method")
+    check_refusal(web.post("/ct/classify", files={"file": png()}), 404, "no run is served")
+    check_refusal(web.post("/extract", json={"file": "Jane"}), 415, "multipart/form-data")
+    check_refusal(
+        web.post("/v1/chat/completions", content=b"x", headers={"content-type": "text/plain"}),
+        415,
+        "application/json",
+    )
+
+
+def test_a_body_without_a_length_is_refused_while_it_is_read(service):
+    """Chunks are counted as they come: 8 MB of a stream that has no end are not read."""
+    head = (
+        "POST /extract HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
+        f"authorization: Bearer {KEY}\r\ncontent-type: multipart/form-data; boundary=b\r\n\r\n"
+    )
+    part = b'--b\r\ncontent-disposition: form-data; name="file"; filename="Jane.png"\r\n\r\n'
+    host, port = service.address.removeprefix("http://").split(":")
+    sent = 0
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + chunk(part))
+        try:
+            while sent < 64 * 2**20:
+                connection.sendall(chunk(bytes(2**16)))
+                sent += 2**16
+        except OSError:
+            pass  # it has hung up
+        answer = b""
+        try:
+            while part := connection.recv(65536):
+                answer += part
+        except OSError:
+            pass
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert sent < 16 * 2**20
+
+
+def chunk(data):
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+def test_cross_origin(web):
+    allowed = web.options(
+        "/extract", headers={"origin": "http://127.0.0.1:7860", "access-control-request-method": "POST"}
+    )
+    assert allowed.headers["access-control-allow-origin"] == "http://127.0.0.1:7860"
+    other = web.options(
+        "/extract", headers={"origin": "http://evil.test", "access-control-request-method": "POST"}
+    )
+    assert "access-control-allow-origin" not in other.headers
+    # A refusal can be read by the page, too.
+    assert web.get("/nothing", headers={"origin": "http://127.0.0.1:7860"}).headers[
+        "access-control-allow-origin"
+    ]
+
+
+def test_an_id_of_the_client_is_kept_unless_it_could_be_a_name(web):
+    given = "0123456789abcdef"
+    assert web.get("/ready", headers={"x-request-id": given}).headers["x-request-id"] == given
+    assert web.get("/ready", headers={"x-request-id": "Jane Doe"}).headers["x-request-id"] != "Jane Doe"
+
+
+def test_answers_say_what_they_come_from(web):
+    answer = web.post(
+        "/extract",
+        files={"file": png()},
+        data={"max_tokens": "60", "adapter": '{"liver": 0.5, "lung": 0.25}'},
+    ).json()
+    assert answer["adapters"] == [{"name": "liver", "weight": 0.5}, {"name": "lung", "weight": 0.25}]
+    assert answer["model"] == "toy"
+    assert "not for diagnosis" in answer["disclaimer"]
+    assert {"open", "answer", "check", "total", "queued", "first_token"} <= answer["seconds"].keys()
+    assert answer["usage"]["total_tokens"] > answer["usage"]["prompt_tokens"] > 0
+
+
+def test_a_schema_of_the_client(web):
+    schema = {
+        "type": "object",
+        "properties": {
+            "drug": {"type": "string", "maxLength": 8},
+            "dose": {"type": "integer", "minimum": 0, "maximum": 999},
+        },
+        "required": ["drug", "dose"],
+        "additionalProperties": False,
+    }
+    answer = web.post(
+        "/extract", files={"file": png()}, data={"schema": json.dumps(schema), "max_tokens": "60"}
+    ).json()
+    assert answer["fields"] is None
+    assert answer["pages"][0]["answer"].keys() == {"drug", "dose"}
+    asked = chat_body(
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, max_tokens=60
+    )
+    text = web.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+    assert json.loads(text).keys() == {"drug", "dose"}
+
+
+def test_a_stream_is_the_answer_in_pieces(web):
+    body = chat_body(max_tokens=30, temperature=0.5, seed=4)
+    whole = web.post("/v1/chat/completions", json=body).json()
+    with web.stream(
+        "POST",
+        "/v1/chat/completions",
+        json=body | {"stream": True, "stream_options": {"include_usage": True}},
+    ) as r:
+        lines = [line.removeprefix("data: ") for line in r.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+
+
+def test_a_client_that_leaves_frees_the_model(service, web):
+    body = chat_body(max_tokens=300, stream=True)
+    with web.stream("POST", "/v1/chat/completions", json=body) as r:
+        next(r.iter_bytes())
+    with pytest.raises(httpx.ReadTimeout):
+        web.post("/v1/chat/completions", json=chat_body(max_tokens=300), timeout=0.05)
+    for _ in range(100):
+        if service.backend.engine.worker.pending == 0:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the model still answers a client that has gone")
+
+
+def test_too_many_too_late_and_stopping():
+    """429 with Retry-After, 504, and 503 while the service stops, which answers what it has accepted."""
+    slow = "tests.serve.served_toy:open_slow_service"
+    with (
+        toy_service.running(rows=1, opener=slow, queue=2, deadline_s=4.0) as service,
+        toy_service.client(service) as client,
+    ):
+        answers = {}
+
+        def ask(name, **changes):
+            with toy_service.client(service) as own:
+                answers[name] = own.post("/v1/chat/completions", json=chat_body(**changes))
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("a", "b", "c")]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        for thread in threads:
+            thread.join()
+        assert sorted(answer.status_code for answer in answers.values()) == [200, 200, 429]
+        refused = next(answer for answer in answers.values() if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        ask("late", max_tokens=300)
+        check_refusal(answers["late"], 504, "no answer within 4 s")
+        last = threading.Thread(target=ask, args=("last",))
+        last.start()
+        time.sleep(0.2)
+        service.stop()
+        last.join()
+        assert answers["last"].status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            client.get("/ready")
+
+
+def test_while_it_loads_it_is_alive_and_not_ready():
+    with toy_service.running() as service:
+        model = service.backend.engine.worker
+        service.loop.call_soon_threadsafe(setattr, model, "state", "loading")
+        time.sleep(0.1)
+        with toy_service.client(service) as client:
+            assert client.get("/health").json()["status"] == "loading"
+            check_refusal(client.get("/ready"), 503, "not ready: model")
+            answer = client.post("/v1/chat/completions", json=chat_body())
+            check_refusal(answer, 503, "is loading")
+            assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_nothing_of_a_patient_is_told(service, web, capfd, tmp_path):
+    """A name in body, file name, header, prompt, address and answer: not in logs, metrics or errors."""
+    name = "Jane Q Doenitz"
+    form = {"prompt": name, "adapter": name, "schema": name}
+    web.post("/extract", files={"file": (f"{name}.png", png())}, data={"prompt": name})
+    web.post(
+        "/extract",
+        files={"file": (f"{name}.png", png())},
+        data=form,
+        headers={"x-request-id": name, "user-agent": name},
+    )
+    web.post(f"/{name}", content=name)
+    web.get("/ready", params={"patient": name})
+    web.post(
+        "/v1/chat/completions", json=chat_body(messages=[{"role": "user", "content": name, "name": name}])
+    )
+    web.post(
+        "/v1/chat/completions", json=chat_body(messages=[{"role": name, "content": name}], **{name: name})
+    )
+    web.post(
+        "/v1/chat/completions", content=f"{{{name}".encode(), headers={"content-type": "application/json"}
+    )
+    web.post(
+        "/v1/chat/completions",
+        json=chat_body(
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": name, "schema": {"pattern": f"({name}", "type": "string"}},
+            }
+        ),
+    )
+    told = "".join(capfd.readouterr()) + web.get("/metrics").text + web.get("/health").text
+    assert "/v1/chat/completions" in told
+    for part in name.split():
+        if len(part) > 1:
+            assert part not in told
