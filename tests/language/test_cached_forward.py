@@ -19,7 +19,7 @@ class Renamed(torch.nn.Module):
     def __init__(self, inner):
         super().__init__()
         self.inner, self.config = inner, inner.config
-        self.name = cached_forward._cache_name(inner)
+        self.name = cached_forward.cache_name(inner)
 
     def run(self, cache, kwargs):
         out = self.inner(**kwargs, **({} if cache is None else {self.name: cache}))
