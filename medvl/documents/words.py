@@ -1,5 +1,6 @@
 """Words of a page with their places: lines in reading order, the cells of a line, and all of it as text."""
 
+import bisect
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -92,8 +93,13 @@ def lines_of(words: Sequence[Word]) -> list[list[Word]]:
 def _slopes_of(words: Sequence[Word]) -> list[tuple[float, float]]:
     """(height on the page, how far a line falls there per pixel to the right) of words and their right neighbours."""
     slopes = list[tuple[float, float]]()
+    by_level = sorted(words, key=lambda word: word.centre[1])
+    levels = [word.centre[1] for word in by_level]
     for word in words:
-        near = [other for other in words if other is not word and _is_neighbour(word, other)]
+        # No neighbour is higher or lower: the others need not be tried.
+        first = bisect.bisect_left(levels, word.centre[1] - word.height)
+        last = bisect.bisect_right(levels, word.centre[1] + word.height)
+        near = [other for other in by_level[first:last] if other is not word and _is_neighbour(word, other)]
         if near:
             other = min(near, key=lambda other: other.box[0])
             (x, y), (other_x, other_y) = word.centre, other.centre
