@@ -4,6 +4,7 @@
 requests together, from a model with adapters that `models` opens. `worker` runs it, and other services, in processes of
 their own: `uploads` makes pages of files, whatever they hold, `pages` opens, reads and checks them, and `rooms` are the
 systems that are no language model. `backend` is all of these processes, and `extract` makes fields of a document by them.
+`fhir` makes a Bundle of FHIR R4 of fields and their evidence.
 
 `api` is the service over a backend, `http` what every request goes through (size, key, id, errors, log), `forms` how
 requests are read, `responses` what they and answers look like, `site` what the routes share and `metrics` what is

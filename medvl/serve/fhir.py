@@ -60,7 +60,7 @@ def make_bundle(
 
     A resource with a value that is not verified, or that is warned of, has the security label UNCERTREL ("uncertain
     reliability") and a note that names the values. The Provenance of a resource names software and model, and in the
-    extension "urn:x-medvl:evidence" of its entity each value as printed with its status, score, page (from 1) and box.
+    extension "urn:x-medvl:evidence" of its entity each value as text with its status, score, page (from 1) and box.
 
     The patient is a resource of its own with what the page says: no date of birth is made of an age. The age and the
     date of the page are extensions of it. What does not fit a type is text ("negative", "~5", a date).
@@ -266,8 +266,8 @@ def _concept(text: str) -> Json:
     return {"text": text}
 
 
-def _extension(name: str, value: Any, kind: str = "String") -> Json:
-    return {"url": _OURS + name, f"value{kind}": value}
+def _extension(name: str, text: str) -> Json:
+    return {"url": _OURS + name, "valueString": text}
 
 
 def _quantity(number: Any, unit: str) -> Json | None:
@@ -314,13 +314,16 @@ def _mark(resource: Json, unverified: list[Value], warnings: list[str]) -> None:
 
 
 def _evidence(value: Value) -> Json:
-    parts = [_extension("path", value.path), _extension("status", value.status, "Code")]
-    if len(value.text) <= 200:
-        parts.append(_extension("printed", value.text))
+    parts: list[Json] = [
+        {"url": "path", "valueString": value.path},
+        {"url": "status", "valueCode": value.status},
+    ]
+    if len(value.text) <= 200:  # the running text is in its DocumentReference
+        parts.append({"url": "text", "valueString": value.text})
     if value.box is not None and value.page is not None:
-        parts.append(_extension("score", round(value.score, 4), "Decimal"))
-        parts.append(_extension("page", value.page + 1, "PositiveInt"))
-        parts.append(_extension("box", " ".join(f"{edge:.1f}" for edge in value.box)))
+        parts.append({"url": "score", "valueDecimal": round(value.score, 4)})
+        parts.append({"url": "page", "valuePositiveInt": value.page + 1})
+        parts.append({"url": "box", "valueString": " ".join(f"{edge:.1f}" for edge in value.box)})
     return {"url": _OURS + "evidence", "extension": parts}
 
 

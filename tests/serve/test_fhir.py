@@ -275,12 +275,12 @@ def test_provenance_names_software_and_boxes():
     assert provenance["agent"][0]["who"]["display"] == "medvl 0.1.0, model runs/a@1"
     parts = provenance["entity"][0]["extension"][1]["extension"]
     assert {part["url"]: next(v for k, v in part.items() if k != "url") for part in parts} == {
-        "urn:x-medvl:path": "labs/0/value",
-        "urn:x-medvl:status": "verified",
-        "urn:x-medvl:printed": "5.9",
-        "urn:x-medvl:score": 1.0,
-        "urn:x-medvl:page": 2,
-        "urn:x-medvl:box": "120.0 40.0 144.0 52.0",
+        "path": "labs/0/value",
+        "status": "verified",
+        "text": "5.9",
+        "score": 1.0,
+        "page": 2,
+        "box": "120.0 40.0 144.0 52.0",
     }
 
 
