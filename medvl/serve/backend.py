@@ -106,9 +106,9 @@ def make_backend(cfg: ServeConfig) -> Backend:
     served: Engine | None = None
     name = ""
     if cfg.engine:
-        from medvl.serve.remote import RemoteEngine
+        from medvl.serve.remote import remote_engine
 
-        served, name = RemoteEngine(cfg.engine, model=cfg.engine_model), cfg.engine_model
+        served, name = remote_engine(cfg.engine, model=cfg.engine_model), cfg.engine_model
     elif language or cfg.model or cfg.registry:
         # A registry's name where there is nothing else; a run of adapters has its registry.
         place = language or cfg.model
