@@ -240,7 +240,7 @@ def test_a_stream_may_end_without_its_mark_and_without_counts(server, caplog):
     whole = events("a")
     server.answers = [raw([*whole[:-1], whole[-1].rstrip()])]
     assert ask(server)[1].answer_tokens == 2
-    server.answers = [raw(whole[:-1])]
+    server.answers = [raw([*whole[:-2], whole[-2].rstrip()])]
     assert ask(server)[1].answer_tokens == 2
     assert not caplog.records
     server.answers = [raw([*whole[:-2], whole[-1]])]
