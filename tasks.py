@@ -586,6 +586,22 @@ def vqgan(c, action, config, ckpt, out):
 
 
 @task(
+    positional=["source"],
+    help={
+        "source": "a page (PNG, JPEG, TIFF, WebP), a PDF or a DICOM file",
+        "out": "PNG or DICOM file to write; of a PDF or several pages a folder of PNGs to make",
+    },
+)
+def redact(c, source, out):
+    """Black out names, dates and numbers of a page and clean a DICOM header; status 3 if a second reading finds more."""
+    _needs(source=source, out=out)
+    # The task has the module's name.
+    from medvl.commands import redact as commands
+
+    sys.exit(_call(commands.redact, source, out))
+
+
+@task(
     positional=["action"],
     help={
         "action": "convert",

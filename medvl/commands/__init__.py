@@ -4,6 +4,6 @@ print.
 `doctor` (what is installed), `experiments` (list, labels, memory), `questions` (`invoke ask`), `ct`
 (preprocess, split, embed, classify), `data` (`invoke data`, `invoke conversations`), `slides` (check, pack),
 `vqgan` and `plugins` (convert), `pictures` (`invoke draw`), `registries` (`invoke adapters`: build, add, list,
-show), `pipeline` (all steps from a model to a report), `serve`
-(the HTTP service).
+show), `pipeline` (all steps from a model to a report), `redact` (pages and DICOM files without names), `serve` (the
+HTTP service).
 """

@@ -9,6 +9,8 @@ compares numbers, units, flags and terms, and `score` answers with pages.
 reads them from an image (OCR). `rules` makes fields of words, and `locate` finds the place of every value among
 them; `evidence` says which values of an answer the pages show, and which contradict each other.
 
+`redact` blacks out what tells who a page is about, `redact_dicom` also the header of a DICOM file.
+
 `page_words` puts the words of a conversation's images into its prompt.
 
 `text_page` draws plain texts onto pages. `sources` makes conversations of public data sets: `source_record`

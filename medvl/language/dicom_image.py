@@ -1,10 +1,13 @@
-"""DICOM images (CT, CR, DX, MR, US) as pictures of 8 bits. Only this file imports pydicom."""
+"""DICOM images (CT, CR, DX, MR, US) as pictures of 8 bits."""
 
 import functools
 import io
 import logging
 import os
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ _TAGS = [
 _DEFLATED = "1.2.840.10008.1.2.1.99"  # would be unpacked whole before anything is known of its size
 _MISSING = "is a DICOM file, which needs pydicom; pip install 'medvl[dicom]'"
 # What pydicom and its decoders raise on broken files.
-_BROKEN = (
+BROKEN = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -102,7 +105,7 @@ def read_dicom(
         # A window of the file goes through pydicom, for the curves of VOILUTFunction (LINEAR, LINEAR_EXACT,
         # SIGMOID).
         shown = _by_file(image, greys) if window is None else window_greys(greys, *window)
-    except (InvalidDicomError, *_BROKEN) as e:
+    except (InvalidDicomError, *BROKEN) as e:
         reason = " ".join(str(e).split())  # errors of several decoders come on several lines
         raise ValueError(f"{where}: this DICOM file cannot be read: {reason}") from e
     # MONOCHROME1 shows the lowest value white (PS3.3, C.7.6.3.1.2). Inverted last: windows are of the values.
@@ -122,8 +125,23 @@ def read_size(content: bytes, where: str) -> tuple[int, int, int]:
     try:
         image = _parse(content)
         return int(image.get("NumberOfFrames") or 1), int(image.Columns), int(image.Rows)
-    except (InvalidDicomError, *_BROKEN) as e:
+    except (InvalidDicomError, *BROKEN) as e:
         raise ValueError(f"{where}: this DICOM file cannot be read: {e}") from e
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Drop warnings and log lines while the block lasts, of all threads: pydicom quotes the value that it does not
+    like, and Pillow logs the tags of TIFF for debugging.
+    """
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def window_greys(greys: np.ndarray, black: float, white: float) -> np.ndarray:

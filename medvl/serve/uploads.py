@@ -7,10 +7,8 @@ seconds for a page, and PDFium is not safe between threads.
 """
 
 import io
-import logging
 import resource
 import struct
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -187,12 +185,8 @@ def _check_pixels(pixels: int, limits: Limits) -> None:
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
     """Turn what decoders raise into a `Refused` that begins with `name` and quotes nothing."""
-    # pydicom warns and logs with the value that it does not like; Pillow logs the tags of TIFF for debugging.
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with dicom_image.no_warnings():
             yield
     except Refused:
         raise
@@ -201,8 +195,6 @@ def _refusing(name: str) -> Iterator[None]:
     # Without its cause, which may quote what the file says.
     except (ValueError, *READ_ERRORS):
         raise Refused(400, f"{name} cannot be read: broken, or of a form that is not read") from None
-    finally:
-        logging.disable(level)
 
 
 # Headers: numbers and sizes of the pages that were chosen -----------------------------------------------------
