@@ -3,7 +3,8 @@
 Test pages of other seeds than the rules were tried on, each damage in turn: what is left of names, dates, record
 numbers and ages over 89 is counted against the drawn values and their boxes, not against what the rules found. A value
 is visible where less than 95 % of the core of its box is black, and readable where the last reading still shows it.
-DICOM files are made of further pages, with a header in which names and numbers are planted everywhere.
+DICOM files are made of further pages, with a header in which names and numbers are planted everywhere. Letters are what
+is harder: running text, names with a title, with a first name only, and with nothing that says that they are names.
 
 Results are kept in FOLDER, so that a run that was stopped goes on. A page takes about 6 seconds on one core.
 """
@@ -11,6 +12,7 @@ Results are kept in FOLDER, so that a run that was stopped goes on. A page takes
 import argparse
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,14 +24,31 @@ from PIL import Image
 
 from benches.read_pages import edit_distance
 from medvl.base.display import track
+from medvl.documents import text_page
 from medvl.documents.read_page import read_page
 from medvl.documents.redact import Redacted, redact_page
 from medvl.documents.redact_dicom import redact_dicom
 from medvl.documents.words import Box, Word
 from medvl.language.images import open_image
+from medvl.phantoms import page_records
+from medvl.phantoms.page_records import pick
 from medvl.phantoms.pages import Page, PageConfig, draw_page
 
 KINDS = ("name", "date", "record", "age")
+# Words that a rule may take with a name, an age or an address.
+OF_PEOPLE = ["Dr", "Dr.", "Mrs", "MD", "RN", "daughter", "a", "year", "old", "Oak", "Street,", "IL", "62704"]
+LETTERS = (
+    "Re: {first} {last}, DOB {date}\n{number} Oak Street, Springfield IL 62704\n\nDear Dr. {doctor},\n\nthank you for "
+    "referring {first}, a {age}-year-old retired teacher whom I saw on {seen}. Mrs {last} lives with her daughter {other} "
+    "and can be called at {phone}. Her pressure was 142/80 mmHg on lisinopril 10 mg daily.\n\nYours sincerely,\n"
+    "{signed} {doctor}, MD",
+    "CONSULTATION\n\n{last}, {first}   Hospital no: {record}\nSeen {seen} at the request of Dr {doctor}.\n\nThis is a "
+    "{age} year old with shortness of breath. {first} takes furosemide 40 mg and has a creatinine of 1.4 mg/dL. "
+    "{other} {last} was present. Please send results to {mail} or fax {phone}.\n\nElectronically signed by: {signed} "
+    "{doctor}",
+    "NURSING NOTE {seen}\n\n{first} {last} slept well. Family ({other}, {phone}) visited. Weight 71 kg, temperature 36.8. "
+    "Potassium 4.1 mmol/L, range 3.5-5.1. MRN {record}. Dr. {doctor} informed. Next visit {date}.\n\n{signed} {other}, RN",
+)
 SEED = 2026
 
 
@@ -100,6 +119,52 @@ def redacted_page(number: int) -> dict[str, Any]:
 
     redacted = redact_page(page.image, read=read)
     return measure(page, redacted.image, redacted, words[-1])
+
+
+# Letters ----------------------------------------------------------------------------------------------------
+def redacted_letter(number: int) -> dict[str, Any]:
+    """Of the values that fill a letter, each of their words that the last reading still has."""
+    gen = np.random.default_rng([SEED, number])
+    people = page_records.words()["people"]
+    names = {name: pick(gen, people["first"]) for name in ("first", "other", "signed")}
+    names |= {name: pick(gen, people["last"]) for name in ("last", "doctor")}
+    dates = [
+        f"{gen.integers(1, 29)} March {gen.integers(2001, 2026)}",
+        f"{gen.integers(10, 13)}/21/{gen.integers(1930, 1960)}",
+    ]
+    numbers = {
+        "record": str(gen.integers(10**6, 10**7)),
+        "phone": f"(555) {gen.integers(200, 999)}-{gen.integers(1000, 9999)}",
+    }
+    values = names | numbers | {"seen": dates[0], "date": dates[1], "age": str(gen.integers(90, 100))}
+    values |= {"number": str(gen.integers(10, 99)), "mail": f"{names['other'].casefold()}@example.org"}
+    text = LETTERS[number % len(LETTERS)].format(**values)
+    (lines,) = text_page.page_lines(text)
+    words = list[list[Word]]()
+
+    def read(image: Image.Image) -> list[Word]:
+        words.append(read_page(image))
+        return words[-1]
+
+    redacted = redact_page(text_page.draw_text_page(lines, 1, 1), read=read)
+    left = " ".join(word.text for word in words[-1])
+    printed = {kind: value for kind, value in values.items() if value in text and kind != "number"}
+    kept = [
+        word
+        for word in text.split()
+        if not any(part in word for value in values.values() for part in value.split())
+    ]
+    read_before, read_after = ({word.text for word in reading} for reading in (words[0], words[-1]))
+    lost = [word for word in kept if word in read_before and word not in read_after and word not in OF_PEOPLE]
+    return {
+        "readable": {
+            kind: bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", left))
+            for kind, value in printed.items()
+        },
+        "left": len(redacted.left),
+        "others": len(kept),
+        "hidden": len(lost),
+    }
 
 
 # DICOM ------------------------------------------------------------------------------------------------------
@@ -222,12 +287,19 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="where results are kept")
     parser.add_argument("--pages", type=int, default=50)
+    parser.add_argument("--letters", type=int, default=12)
     parser.add_argument("--dicoms", type=int, default=10)
     args = parser.parse_args()
     pages = kept(args.folder, "page", args.pages, redacted_page)
     for damage in ("clean", "scan", "photo"):
         print_rows(damage, [line for line in pages if line["damage"] == damage] or pages)
     print_rows("all pages", pages)
+    letters = kept(args.folder, "letter", args.letters, redacted_letter)
+    for kind in sorted({kind for line in letters for kind in line["readable"]}):
+        there = [line["readable"][kind] for line in letters if kind in line["readable"]]
+        print(f"letters        {kind:8} {len(there):4} values, readable after the last reading {sum(there)}")
+    others, hidden = (sum(line[key] for line in letters) for key in ("others", "hidden"))
+    print(f"letters        other words {others}, blacked out or misread {hidden}")
     files = kept(args.folder, "dicom", args.dicoms, redacted_dicom)
     frames = [line for lines in files for line in lines]
     print_rows("DICOM frames", frames)

@@ -28,6 +28,8 @@ _NEAR = 0.83  # similarity of two spellings: one letter in six differs
 _D = r"[\dOolI|]"
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _CAPITAL = r"(?:[A-Z][\w'’-]+|[A-Z]\.)"
+_KIN = "(?:wife|husband|son|daughter|mother|father|brother|sister|partner|widow)"
+_NUMBERED = r"(?:DOB|D\.O\.B|MRN|NHS|SSN|[Hh]ospital [Nn]o|[Rr]ecord [Nn]o|[Bb]orn|aged)"
 _PATTERNS = {
     "date": (
         rf"(?<![\d./-]){_D}{{4}} ?([-./]) ?{_D}{{1,2}} ?\1 ?{_D}{{1,2}}(?!\d)",
@@ -38,8 +40,10 @@ _PATTERNS = {
     "name": (
         rf"\b(?:Dr|Prof|Mr|Mrs|Ms|Miss|Sir|Nurse)\b\.? *{_CAPITAL}(?:,? {_CAPITAL}){{0,2}}",
         rf"{_CAPITAL}(?: {_CAPITAL}){{1,2}},? (?:M\.?D|D\.?O|R\.?N|NP|PA-C|PhD|FRC[A-Z]+|MRC[A-Z]+|MBBS)\b",
+        rf"\b{_KIN},? {_CAPITAL}(?: {_CAPITAL})?",
+        rf"{_CAPITAL},? {_CAPITAL}(?: {_CAPITAL})?(?=[,;(]? \(?{_NUMBERED}\b)",
     ),
-    "record": (r"\b\d{3}-\d{2}-\d{4}\b", r"(?<![\w.,/-])[A-Z]{0,4}-?\d{6,12}(?![\w.,/])"),
+    "record": (r"\b\d{3}-\d{2}-\d{4}\b", r"(?<![\w.,/-])[A-Z]{0,4}-?\d{6,12}(?!\w|[.,/]\d)"),
     "age": (
         r"(?i)\b(?:9\d|1[0-4]\d)(?:[ -]*(?:years?|yrs?)\b(?:[ -]*olds?\b)?|[ -]*(?:y/?o|y)\b)",
         r"(?i)\baged? *:? *(?:9\d|1[0-4]\d)\b",
@@ -47,7 +51,7 @@ _PATTERNS = {
     "phone": (r"(?<![\w.-])\+\d[\d ().-]{7,16}\d\b", r"(?<![\w.-])\(?\d{3}\)?[ .-] ?\d{3}[ .-]\d{4}\b"),
     "mail": (r"\S+ ?@ ?\S+\.[A-Za-z]{2,}", r"(?i)\b(?:https?://|www\.)\S+"),
     "address": (
-        rf"\b\d{{1,5}} (?:{_CAPITAL} ){{1,3}}(?:Street|St|Road|Rd|Avenue|Ave|Lane|Ln|Drive|Way|Court|Blvd)\b\.?",
+        rf"(?<![\w./-])\d{{1,5}} (?:{_CAPITAL} ){{1,3}}(?:Street|St|Road|Rd|Avenue|Ave|Lane|Ln|Drive|Way|Court|Blvd)\b\.?",
         r"\b[A-Z]{2} \d{5}(?:-\d{4})?\b",
     ),
 }
@@ -65,8 +69,15 @@ class Finding:
         return " ".join(word.text for word in self.words)
 
     @property
-    def box(self) -> Box:
-        return join_boxes(word.box for word in self.words)
+    def boxes(self) -> list[Box]:
+        """Around its words, one box for each line."""
+        boxes = list[Box]()
+        for word in self.words:
+            if boxes and boxes[-1][1] < word.centre[1] < boxes[-1][3] and word.box[0] > boxes[-1][0]:
+                boxes[-1] = join_boxes((boxes[-1], word.box))
+            else:
+                boxes.append(word.box)
+        return boxes
 
 
 @frozen(kw_only=True)
@@ -102,33 +113,34 @@ def redact_page(
     page = Image.fromarray(np.array(to_rgb(image, "redact_page")))
     found = list[Finding]()
     for reading in range(1, readings + 1):
-        black = mask_of_boxes((page.height, page.width), [finding.box for finding in found])
+        mask = mask_of((page.height, page.width), found)
         # What was blacked out stands in its place again: a label whose value is gone would take what follows.
         words = [*read(page), *(word for finding in found for word in finding.words)]
-        findings = [finding for finding in find_private(words, known) if not _is_black(black, finding.box)]
+        findings = [finding for finding in find_private(words, known) if not _is_in(mask, finding)]
         if not findings or reading == readings:
             break
-        page = black_out(page, [finding.box for finding in findings])
         found += findings
+        page = black_out(page, findings)
     return Redacted(image=page, found=tuple(found), left=tuple(findings), readings=reading)
 
 
-def _is_black(black: np.ndarray, box: Box) -> bool:
-    left, top, right, bottom = (max(0, int(x)) for x in box)
-    return bool(black[top:bottom, left:right].all())
+def _is_in(mask: np.ndarray, finding: Finding) -> bool:
+    """Whether all of a finding is black already."""
+    corners = [[max(0, int(x)) for x in box] for box in finding.boxes]
+    return all(mask[top:bottom, left:right].all() for left, top, right, bottom in corners)
 
 
-def black_out(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of an RGB image, black in the boxes and a little around them."""
+def black_out(image: Image.Image, findings: Sequence[Finding]) -> Image.Image:
+    """A copy of an RGB image, black where something was found and a little around it."""
     pixels = np.array(image)
-    pixels[mask_of_boxes(pixels.shape[:2], boxes)] = 0
+    pixels[mask_of(pixels.shape[:2], findings)] = 0
     return Image.fromarray(pixels)
 
 
-def mask_of_boxes(shape: tuple[int, ...], boxes: Sequence[Box]) -> np.ndarray:
-    """Where boxes and their margins are, bool [y, x]."""
+def mask_of(shape: tuple[int, ...], findings: Sequence[Finding]) -> np.ndarray:
+    """Where findings and their margins are, bool [y, x]."""
     mask = np.zeros(shape, bool)
-    for left, top, right, bottom in boxes:
+    for left, top, right, bottom in (box for finding in findings for box in finding.boxes):
         margin = max(2.0, _MARGIN * (bottom - top))
         rows = slice(max(0, int(top - margin)), int(bottom + margin) + 1)
         mask[rows, max(0, int(left - margin)) : int(right + margin) + 1] = True
@@ -146,7 +158,11 @@ def find_private(words: Sequence[Word], known: Sequence[tuple[str, str]] = ()) -
     """
     lines = lines_of(words)
     found = [*_labelled_values(lines)]
-    for line in lines:
+    end = max((word.box[2] for word in words), default=0)
+    for number, line in enumerate(lines):
+        # A name or a date of running text may go on in the next line.
+        if line[-1].box[2] > 0.8 * end:
+            line = [word for part in lines[number : number + 2] for word in part]
         text = " ".join(word.text for word in line)
         for kind, patterns in _PATTERNS.items():
             for match in (match for pattern in patterns for match in re.finditer(pattern, text)):
@@ -170,14 +186,10 @@ def _words_between(line: Sequence[Word], start: int, stop: int) -> list[Word]:
 
 
 def _without_repeats(found: Sequence[Finding]) -> list[Finding]:
-    """Without those whose box lies in that of another."""
+    """Without those whose words are all in another."""
     kept = list[Finding]()
-    for finding in sorted(found, key=lambda finding: finding.box[0] - finding.box[2]):
-        left, top, right, bottom = finding.box
-        inside = [
-            a <= left and b <= top and right <= c and bottom <= d for a, b, c, d in (x.box for x in kept)
-        ]
-        if not any(inside):
+    for finding in sorted(found, key=lambda finding: -len(finding.words)):
+        if not any(set(finding.words) <= set(other.words) for other in kept):
             kept.append(finding)
     return kept
 
@@ -223,7 +235,7 @@ def _trimmed(kind: str, value: Sequence[Word], text: str = "") -> list[Word]:
     words = list(value)
     text = text or " ".join(word.text for word in words)
     if kind == "name":
-        name = re.split(r"[\d:]", text)[0].split()
+        name = re.split(rf"[\d:]|\b{_NUMBERED}\b", text)[0].split()
         return words[: min(len(name), 5)] if any(len(word) > 2 for word in name) else []
     if kind == "age":
         number = re.match(r" *(\d+)", text)

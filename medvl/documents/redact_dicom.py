@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from medvl.documents.read_page import read_page
-from medvl.documents.redact import Redacted, mask_of_boxes, redact_page
+from medvl.documents.redact import Redacted, mask_of, redact_page
 from medvl.documents.words import Word
 from medvl.language.dicom_image import BROKEN, no_warnings, read_size
 from medvl.language.images import open_image
@@ -66,7 +66,7 @@ def redact_dicom(
             values = np.array(pixels.pixel_array(original, index=number))
             black = _black_value(original, values)
         page = redact_page(image, known, read=read)
-        values[mask_of_boxes(values.shape[:2], [finding.box for finding in page.found])] = black
+        values[mask_of(values.shape[:2], page.found)] = black
         frames.append(values)
         redacted.append(page)
     with _reading():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from medvl.documents import redact_dicom as dicom_module
-from medvl.documents.redact import black_out, find_private, redact_page
+from medvl.documents.redact import Finding, black_out, find_private, redact_page
 from medvl.documents.redact_dicom import redact_dicom
 from medvl.documents.words import Word, join_boxes, lines_of
 from medvl.language.images import open_image
@@ -105,6 +105,10 @@ def test_rules_find_what_a_letter_says_of_a_person():
         ("may 30 mg daily", set()),
         ("Account no: 77-A", {("record", "77-A")}),
         ("Admitted: 3/4", {("date", "3/4")}),
+        ("in clinic again on 3\nMarch 2021 by us", {("date", "3 March 2021")}),
+        ("seen on 3\nMarch 2021 was a cold month for all", set()),
+        ("his wife Vera left", {("name", "wife Vera")}),
+        ("Oakhurst, Ulrich MRN 1234567.", {("name", "Oakhurst, Ulrich"), ("record", "1234567.")}),
         ("SSN 123-45-6789", {("record", "123-45-6789")}),
     ],
 )
@@ -128,8 +132,8 @@ def test_pixels_are_black_and_other_words_stay():
     result = redact_page(page, read=reader(words))
     assert (result.readings, result.left) == (2, ())
     pixels = np.asarray(result.image)
-    for finding in result.found:
-        left, top, right, bottom = map(int, finding.box)
+    for word in (word for finding in result.found for word in finding.words):
+        left, top, right, bottom = map(int, word.box)
         assert not pixels[top - 2 : bottom + 2, left - 2 : right + 2].any()
     kept = {word.text for word in reader(words)(result.image)}
     assert not {"Alma", "Ashdwn", "SYN-123456", "2019", "92", "03/14/1950", "123-4567", "Oak", "62704"} & kept
@@ -172,7 +176,8 @@ def test_a_picture_has_pixels_and_nothing_else():
 
 def test_boxes_at_the_edge():
     image = Image.new("RGB", (20, 10), "white")
-    black = np.asarray(black_out(image, [(-5, -5, 4, 4), (18, 8, 40, 40)]))
+    words = (Word("a", (-5, -5, 4, 4)), Word("b", (18, 8, 40, 40)))
+    black = np.asarray(black_out(image, [Finding("name", words)]))
     assert not black[:6, :6].any()
     assert not black[7:, 17:].any()
     assert black[8, 8].all()
