@@ -1,12 +1,16 @@
 """The engine over `transformers serve`, a real server of OpenAI's API, with tiny models that know nothing."""
 
 import asyncio
+import base64
+import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,17 +23,22 @@ from medvl.language.encoding import encode_prompt, end_ids
 from medvl.language.generate import generate
 from medvl.language.sampling import Sampling
 from medvl.language.templates import TEMPLATES
+from medvl.serve.api import make_app
+from medvl.serve.backend import make_backend
 from medvl.serve.interface import End, Piece, Refused, Request
 from medvl.serve.remote import openai_messages, remote_engine
+from medvl.serve.settings import ServeConfig
 from tests import tiny
 
-for package in ("fastapi", "uvicorn", "openai", "pydantic"):
+for package in ("fastapi", "uvicorn", "pydantic"):
     pytest.importorskip(package)
 PROGRAM = shutil.which("transformers", path=str(Path(sys.executable).parent))
 if PROGRAM is None:
     pytest.skip("there is no `transformers serve`", allow_module_level=True)
 
-QUESTIONS = ("The heart is", "no effusion", "normal; user", "is The no", "effusion heart")
+openai = pytest.importorskip("openai")
+ENDING = "effusion heart"  # its answer ends before 24 tokens
+QUESTIONS = ("The heart is", "no effusion", "normal; user", "is The no", ENDING)
 
 
 def tokenizer():
@@ -200,3 +209,73 @@ def test_settings_that_it_does_not_know_are_told(url, language):
     messages = ({"role": "user", "content": "The heart"},)
     with pytest.raises(Refused, match="does not know top_k"):
         ask(url, messages=messages, adapter=str(language[0]), temperature=1.0, top_k=3)
+
+
+@contextmanager
+def service(engine, model):
+    """The address of our own service, with the engine over another server."""
+    import uvicorn
+
+    backend = make_backend(ServeConfig(engine=engine, engine_model=model, readers=0, port=0))
+    server = uvicorn.Server(uvicorn.Config(make_app(backend), port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as web:
+            while web.get("/ready").status_code != 200:
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def openai_script(address, model, content):
+    """What a user of the openai client writes: (text, text of a stream, its reason)."""
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+    wanted = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    answer = client.chat.completions.create(**wanted)
+    text, reason = "", ""
+    for part in client.chat.completions.create(**wanted, stream=True):
+        for choice in part.choices:
+            text += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+    return answer.choices[0].message.content, text, reason
+
+
+def test_the_openai_client_gets_the_same_from_our_service(url, language, pictures):
+    """Chat, stream, image, models and json_schema, with `transformers serve` behind it or alone."""
+    folder = str(language[0])
+    seeing = str(pictures[0])
+    png = io.BytesIO()
+    tiny.drawn((20, 16)).save(png, "PNG")
+    picture = {"url": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()}
+    parts = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "\nThe heart"}]
+    with service(url, folder) as address:
+        for question in QUESTIONS:
+            alone = openai_script(url, folder, question)
+            assert openai_script(address, folder, question) == alone
+            assert alone[0] == alone[1]
+        # Our service puts a line break between the parts of a message.
+        sent = [parts[0], {"type": "text", "text": "The heart"}]
+        assert openai_script(address, seeing, sent) == openai_script(url, seeing, parts)
+
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+        assert folder in [model.id for model in client.models.list()]
+        schema = {"name": "fields", "schema": {"type": "object", "properties": {}}}
+        with pytest.raises(openai.APIStatusError, match="did not keep to the JSON schema") as error:
+            client.chat.completions.create(
+                model=folder,
+                messages=[{"role": "user", "content": ENDING}],
+                max_tokens=24,
+                response_format={"type": "json_schema", "json_schema": schema},
+            )
+        assert error.value.status_code == 502
