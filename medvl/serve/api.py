@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -118,8 +119,13 @@ def _add_state(app: FastAPI, site: Site) -> None:
 
     @app.get("/benchmark")
     async def benchmark() -> dict[str, Any]:
-        """All results and benches in the folders of what is served."""
-        return {"disclaimer": DISCLAIMER, "files": await asyncio.to_thread(_read_results, backend)}
+        """All results and benches in the folders of what is served, and how it was made."""
+        files = await asyncio.to_thread(_read_results, backend)
+        return {
+            "disclaimer": DISCLAIMER,
+            "files": files,
+            "models": await asyncio.to_thread(_read_models, backend),
+        }
 
 
 def _resident_bytes(pid: int) -> int:
@@ -141,3 +147,30 @@ def _read_results(backend: Backend) -> list[dict[str, Any]]:
         # Of a path only what names the run and the file.
         files.append({"file": "/".join(path.parts[-3:]), "rows": rows})
     return files
+
+
+def _read_models(backend: Backend) -> list[dict[str, Any]]:
+    """How each model was made: the record of its run and its card, where its folder has them."""
+    models = []
+    for place in (*backend.cfg.runs, backend.cfg.model):
+        folder = Path(place)
+        if not place or not folder.is_dir():
+            continue
+        made: dict[str, Any] = {"name": folder.name, "card": "", "record": {}}
+        if (card := folder / "README.md").is_file():
+            made["card"] = card.read_text(encoding="utf-8")
+        # A model's config.json is its shape; that of a run names its system.
+        if (record := folder / "config.json").is_file():
+            content = json.loads(record.read_text(encoding="utf-8"))
+            made["record"] = _without_folders(content) if "system" in content else {}
+        models.append(made)
+    return models
+
+
+def _without_folders(tree: Any) -> Any:
+    """JSON whose paths of this machine are names."""
+    if isinstance(tree, dict):
+        return {key: _without_folders(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_folders(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith(("/", "~", "..")) else tree

@@ -33,6 +33,7 @@ class Wish:
     window: tuple[float, float] | None = None  # (black, white) of greys of more than 8 bits
     evidence: bool = True
     strict: bool = False  # leave out what no page shows
+    pictures: bool = False  # of the pages, as they were opened
     deadline_s: float = 120.0
 
 
@@ -47,6 +48,7 @@ class Page:
     answer: str = field(default="", repr=False)
     end: End | None = None
     tree: Any = field(default=None, repr=False)  # of an own schema: the answer as JSON
+    picture: bytes = field(default=b"", repr=False)  # a PNG, where it was wanted
 
 
 @frozen(kw_only=True)
@@ -117,6 +119,8 @@ async def extract(backend: Backend, call: str, contents: Sequence[bytes], wish: 
             reading = tasks.create_task(
                 _timed(seconds, "read", backend.read_pages(call, images, wish.deadline_s))
             )
+        if wish.pictures:
+            tasks.create_task(_timed(seconds, "draw", _draw_pages(backend, call, pages, images, wish)))
     answering.result()
     if with_evidence:
         words = reading.result()
@@ -154,6 +158,14 @@ async def _answer_pages(
     async with asyncio.TaskGroup() as tasks:
         for number, (page, image) in enumerate(zip(pages, images, strict=True)):
             tasks.create_task(ask(page, image, number))
+
+
+async def _draw_pages(
+    backend: Backend, call: str, pages: Sequence[Page], images: Sequence[Any], wish: Wish
+) -> None:
+    for number, (page, image) in enumerate(zip(pages, images, strict=True)):
+        name = f"{call}/picture {number}"
+        page.picture = await backend.opener.call(name, "picture", wish.deadline_s, image=image)
 
 
 async def _check(

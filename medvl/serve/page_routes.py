@@ -13,7 +13,16 @@ from medvl.serve.extract import Extraction, Wish
 from medvl.serve.forms import Form, form_schema, read_adapter, read_form, until_gone
 from medvl.serve.http import seen
 from medvl.serve.interface import End, Refused
-from medvl.serve.site import Site, adapter_weights, count_end, finish_reason, seconds_of, streamed, usage_of
+from medvl.serve.site import (
+    Site,
+    adapter_weights,
+    count_end,
+    finish_reason,
+    png_address,
+    seconds_of,
+    streamed,
+    usage_of,
+)
 
 _WISHES = (
     "schema",
@@ -57,6 +66,7 @@ def read_wish(form: Form, site: Site) -> Wish:
         window=window or None,  # type: ignore[arg-type]
         evidence=form.flag("evidence", True),
         strict=form.flag("strict", False),
+        pictures=form.flag("pictures", False),
         deadline_s=form.number("deadline_s", cfg.deadline_s, 0.1, cfg.deadline_s),
     )
 
@@ -64,10 +74,12 @@ def read_wish(form: Form, site: Site) -> Wish:
 def add_routes(app: FastAPI, site: Site) -> None:
     """Add them to a service."""
 
-    @app.post("/extract", response_model=responses.Extracted, openapi_extra=form_schema("Extract", _WISHES))
+    names = (*_WISHES, "pictures")
+
+    @app.post("/extract", response_model=responses.Extracted, openapi_extra=form_schema("Extract", names))
     async def extract_fields(request: Request) -> Any:
         """Fields of a document, each with its place on the page or marked as unverified."""
-        form = await read_form(request, site.cfg.limits, _WISHES)
+        form = await read_form(request, site.cfg.limits, names)
         as_fhir = _wants_fhir(request, form)
         wish = read_wish(form, site)
         if as_fhir and wish.schema is not None:
@@ -190,6 +202,7 @@ def _page(page: extract.Page) -> responses.PageAnswer:
         height=page.height,
         finish_reason=finish_reason(page.end),
         answer=page.tree,
+        picture=png_address(page.picture) if page.picture else "",
     )
 
 

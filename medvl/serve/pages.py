@@ -3,6 +3,7 @@
 Each function runs in a process of its own, since decoders of pictures may crash and reading takes seconds.
 """
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from medvl.serve import uploads
 from medvl.serve.uploads import Limits
 from medvl.serve.worker import Calls
 
+_PICTURE_PIXELS = 1600  # on the longer side of the picture of a page
 _LISTS = ("diagnoses", "medications", "labs", "vitals", "procedures")
 
 
@@ -44,7 +46,17 @@ def open_opener(
         return uploads.open_uploads(contents, limits, chosen, window=window)
 
     # Where no readers run, answers become fields here.
-    return Calls(emit, {"open": open_files, "check": check_answers, "check_json": check_json}, {})
+    checks: dict[str, Callable[..., Any]] = {"check": check_answers, "check_json": check_json}
+    return Calls(emit, {"open": open_files, "picture": page_picture, **checks}, {})
+
+
+def page_picture(image: Image.Image) -> bytes:
+    """The PNG of a page for the eye: at most 1,600 pixels on its longer side."""
+    small = image.copy()
+    small.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    return file.getvalue()
 
 
 def open_reader(post: Callable[[Any], None], emit: Callable[[str, Any], None]) -> Calls:

@@ -54,6 +54,9 @@ class PageAnswer(BaseModel):
     height: int
     finish_reason: str
     answer: Any = None  # with a schema of the client's own: the JSON of this page
+    # With pictures=true: the page as a PNG, as a data: address, at most 1,600 pixels on its longer side. Boxes stay in
+    # pixels of the page, which is `width` by `height`.
+    picture: str = ""
 
 
 class Extracted(Answer):

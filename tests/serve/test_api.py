@@ -15,6 +15,10 @@ import httpx
 import pytest
 from PIL import Image
 
+from medvl.serve.api import _read_models
+from medvl.serve.backend import Backend
+from medvl.serve.pages import page_picture
+from medvl.serve.settings import ServeConfig
 from tests.serve import toy_service
 
 KEY = "a-key-of-a-client"
@@ -417,3 +421,38 @@ def test_nothing_of_a_patient_is_told(service, web, capfd, tmp_path):
     for part in name.split():
         if len(part) > 1:
             assert part not in told
+
+
+def test_pictures_of_pages_are_sent_where_they_are_wanted(web):
+    form = {"files": {"file": png()}, "data": {"max_tokens": "30"}}
+    (page,) = web.post("/extract", **form).json()["pages"]
+    assert page["picture"] == ""
+    form["data"]["pictures"] = "true"
+    (page,) = web.post("/extract", **form).json()["pages"]
+    head, _, data = page["picture"].partition(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+        assert (picture.size, picture.getpixel((3, 3))) == ((40, 30), (200, 10, 10))
+
+
+def test_pictures_of_large_pages_are_small():
+    with Image.open(io.BytesIO(page_picture(Image.new("RGB", (900, 3200), "red")))) as picture:
+        assert (picture.size, picture.getpixel((9, 9))) == ((450, 1600), (255, 0, 0))
+
+
+def test_how_a_model_was_made_is_told_without_folders(tmp_path):
+    run = tmp_path / "drawn-1234abcd"
+    run.mkdir()
+    record = {"system": "tune", "seed": 3, "data": {"folder": "/data/ward", "parts": ["../a/b"]}, "lr": 0.5}
+    (run / "config.json").write_text(json.dumps(record))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "qwen2"}')
+    (model / "README.md").write_text("# A card")
+    cfg = ServeConfig(runs=(str(run),), model=str(model))
+    backend = Backend(cfg=cfg, engine=None, model="", opener=None, readers=[], rooms={})
+    record["data"] = {"folder": "ward", "parts": ["b"]}
+    assert _read_models(backend) == [
+        {"name": run.name, "card": "", "record": record},
+        {"name": "model", "card": "# A card", "record": {}},
+    ]
