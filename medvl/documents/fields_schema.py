@@ -5,17 +5,19 @@ from typing import Any, get_args
 
 import attrs
 
-from medvl.documents.fields import Fields, Lab
+from medvl.documents.fields import Fields
 from medvl.language.bounded_schema import bounded_schema
 
 MAX_VALUE = 200  # characters of a printed value
 MAX_TEXT = 4_000  # of free text
 MAX_ROWS = 100  # of a list
-FLAGS = ("H", "L", "HH", "LL", "N")
 
 
 def fields_schema() -> dict[str, Any]:
-    """The JSON schema of `fields_to_json`: its keys in its order; what is empty is left out, so nothing is required."""
+    """The JSON schema of `fields_to_json`: its keys in its order; what is empty is left out, so nothing is required.
+
+    Values are any texts, flags too: a list of flags would make a model that is to copy "h" or an arrow write another flag.
+    """
     return _object_schema(Fields)
 
 
@@ -48,8 +50,6 @@ def _object_schema(record: Any) -> dict[str, Any]:
 
 
 def _property_schema(record: Any, attribute: Any) -> dict[str, Any]:
-    if record is Lab and attribute.name == "flag":
-        return {"enum": list(FLAGS)}
     if attribute.type is bool:
         return {"const": True}
     if attrs.has(attribute.type):

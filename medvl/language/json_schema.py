@@ -15,6 +15,8 @@ from medvl.language.sampling import Allowed
 # overruled, and what llguidance does not know is an error.
 _OPTIONS: Any = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
 
+# One space may come first: tokenizers that put one before a text have taught models to begin their answers so.
+_GRAMMAR = 'start: " "? document\ndocument: %json {schema}'
 _TOO_MUCH = "schema: it needs more than its limits allow; make its patterns simpler"
 
 
@@ -23,7 +25,7 @@ def schema_grammar(tok: Any, vocabulary: int, end: Sequence[int]) -> Callable[[M
 
     The result is kept, as it takes seconds to make: `mask = grammar(schema)` takes milliseconds. A mask is of
     one answer, of one row (`sampling.allow_rows` joins those of a batch), and is asked for its steps in order. Behind
-    the whole document only end tokens are allowed. Documents are compact and bounded as `bounded_schema` says;
+    the whole document only end tokens are allowed. Documents are compact (but for a space that may come first) and bounded as `bounded_schema` says;
     names of objects come in the order of the schema. Where max_tokens ends an answer its JSON is not complete.
 
     Args:
@@ -44,9 +46,8 @@ def schema_grammar(tok: Any, vocabulary: int, end: Sequence[int]) -> Callable[[M
     ends = {*end}
 
     def grammar(schema: Mapping[str, Any]) -> Allowed:
-        text = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(bounded_schema(schema)), overrides=_OPTIONS
-        )
+        bounded = bounded_schema(schema) | {"x-guidance": _OPTIONS}
+        text = llguidance.LLMatcher.grammar_from_lark(_GRAMMAR.format(schema=json.dumps(bounded)))
         matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
         # Schemas that no document fits show here at the latest.
         matcher.compute_bitmask()

@@ -88,7 +88,7 @@ async def _chat_request(site: Site, body: ChatBody) -> interface.Request:
     cfg = site.cfg
     if names := body.unsupported():
         raise Refused(400, f"{', '.join(names)}: not supported")
-    most = body.max_completion_tokens or body.max_tokens or min(1024, cfg.max_tokens)
+    most = body.max_completion_tokens or body.max_tokens or 0
     if most > cfg.max_tokens:
         raise Refused(422, f"max_tokens must be at most {cfg.max_tokens}")
     adapter: Any = body.adapter

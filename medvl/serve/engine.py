@@ -133,8 +133,9 @@ class BatchEngine:
             if served.chat.cfg.ocr:
                 (conversation,) = add_page_words([conversation], None, served.chat.cfg.window)
             prompts = chat.encode_conversations(served.chat, [conversation], prompt=True)
+            tokens = len(prompts.samples[0].ids)
             wanted = evolve(
-                chat.sampling_of(served.chat, request.max_tokens),
+                chat.sampling_of(served.chat, self._max_tokens(request.max_tokens, tokens)),
                 temperature=request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
@@ -150,8 +151,7 @@ class BatchEngine:
         except ValueError as e:
             # What medvl's own errors say of a conversation names its place, tags and sizes, never its text.
             raise Refused(400, _plain(e)) from e
-        tokens = batch["ids"].shape[1]
-        prepared = Prepared(
+        return Prepared(
             request=request,
             call=batch,
             sampling=wanted,
@@ -160,13 +160,21 @@ class BatchEngine:
             tokens=tokens,
             arrived=arrived,
         )
-        if prepared.columns > self.cfg.context:
+
+    def _max_tokens(self, asked: int, tokens: int) -> int:
+        """Tokens that an answer to a prompt may have: as asked, else as the model is used to, as far as they fit.
+
+        Raises:
+            Refused: they do not fit.
+        """
+        left = self.cfg.context - tokens
+        if left < max(1, asked):
             raise Refused(
                 400,
-                f"a prompt of {tokens} tokens and max_tokens {wanted.max_tokens} must be at most {self.cfg.context} "
-                "together; ask for a shorter answer, or send fewer or smaller pages",
+                f"a prompt of {tokens} tokens and max_tokens {max(1, asked)} must be at most {self.cfg.context} together; "
+                "ask for a shorter answer, or send fewer or smaller pages",
             )
-        return prepared
+        return asked or min(self.served.max_tokens, left)
 
     def _grammar(self, end: tuple[int, ...]) -> Any:
         if self._of_schema is None:

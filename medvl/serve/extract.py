@@ -28,7 +28,7 @@ class Wish:
         default=None, repr=False
     )  # of the client's own; None = our fields
     adapter: str | Mapping[str, float] = ""
-    max_tokens: int = 1024
+    max_tokens: int = 0  # 0 = as the model is used to
     pages: tuple[int, ...] = ()  # of a file, from 0; () = all
     window: tuple[float, float] | None = None  # (black, white) of greys of more than 8 bits
     evidence: bool = True

@@ -47,6 +47,14 @@ class Form:
             raise Refused(422, f"{name} must be a number from {low:g} to {high:g}")
         return number
 
+    def max_tokens(self, most: int) -> int:
+        """Of an answer; 0 where the form says nothing.
+
+        Raises:
+            Refused: no number, or one out of bounds.
+        """
+        return int(self.number("max_tokens", 1, 1, most)) if self.texts.get("max_tokens") else 0
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """Numbers with commas between them; () where there are none.
 

@@ -43,7 +43,7 @@ class Request:
     # A name, {name: weight} of a mixture, "" = the model as it is served, "auto" = as a registry chooses, "base" = none.
     adapter: str | Mapping[str, float] = ""
     schema: Mapping[str, Any] | None = field(default=None, repr=False)  # JSON schema that the answer keeps to
-    max_tokens: int = 1024
+    max_tokens: int = 0  # 0 = as the model is used to, as far as they fit
     temperature: float = 0.0  # 0 = the likeliest token
     top_k: int = 0
     top_p: float = 1.0

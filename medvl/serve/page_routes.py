@@ -61,7 +61,7 @@ def read_wish(form: Form, site: Site) -> Wish:
         prompt=form.texts.get("prompt", "").strip(),
         schema=schema,
         adapter=read_adapter(form.texts.get("adapter", "")),
-        max_tokens=int(form.number("max_tokens", min(1024, cfg.max_tokens), 1, cfg.max_tokens)),
+        max_tokens=form.max_tokens(cfg.max_tokens),
         pages=tuple(map(int, pages)),
         window=window or None,  # type: ignore[arg-type]
         evidence=form.flag("evidence", True),

@@ -79,7 +79,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             question=_question(form),
             content=_only_file(form) if form.files else b"",
             slide=slide,
-            max_tokens=_max_tokens(form, site, 128),
+            max_tokens=form.max_tokens(site.cfg.max_tokens) or 128,
         )
         answer = await until_gone(request, work)
         patches = [
@@ -101,7 +101,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             messages=({"role": "user", "content": "<image>\n" * len(images) + _question(form)},),
             images=tuple(images),
             adapter=read_adapter(form.texts.get("adapter", "")) or "auto",
-            max_tokens=_max_tokens(form, site, 256),
+            max_tokens=form.max_tokens(site.cfg.max_tokens),
             deadline_s=deadline_s,
         )
         text, end = await until_gone(request, extract.answer(backend, asked))
@@ -124,7 +124,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
         content = {
             "question": _question(form),
             "image": await _image(site, form),
-            "max_tokens": _max_tokens(form, site, 256),
+            "max_tokens": form.max_tokens(site.cfg.max_tokens) or 256,
         }
         text = await until_gone(request, room.call(seen().id, "ask", deadline_s, **content))
         return responses.TextAnswer(text=text, **about(begun))
@@ -149,10 +149,6 @@ def _question(form: Form) -> str:
     if not question:
         raise Refused(422, "question must have text")
     return question
-
-
-def _max_tokens(form: Form, site: Site, default: int) -> int:
-    return int(form.number("max_tokens", min(default, site.cfg.max_tokens), 1, site.cfg.max_tokens))
 
 
 def _only_file(form: Form) -> bytes:

@@ -130,7 +130,7 @@ def test_the_cache_stays_within_its_cells_and_the_first_come_are_served_first(se
         ({"adapter": {"liver": float("nan")}}, 400, "finite"),
         ({"adapter": "auto"}, 400, "needs a registry"),
         ({"max_tokens": 1000}, 400, "must be at most 400 together"),
-        ({"max_tokens": 0}, 400, "max_tokens >= 1"),
+        ({"max_tokens": -1}, 400, "max_tokens >= 1"),
         ({"temperature": -1.0}, 400, "temperature >= 0"),
         ({"images": ()}, 400, "<image>"),
         ({"messages": ()}, 400, "roles must be user"),
