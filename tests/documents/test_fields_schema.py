@@ -67,7 +67,6 @@ def test_documents_that_keep_to_it_are_read_without_loss():
 @pytest.mark.parametrize(
     "document",
     [
-        {"labs": [{"flag": "high"}]},
         {"labs": []},
         {"kind": ""},
         {"read_as": "json"},
