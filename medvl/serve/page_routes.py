@@ -1,14 +1,17 @@
 """/extract and /analyze: pages become fields with evidence, or what the model says of them."""
 
+import asyncio
+import datetime
 import json
 import time
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
+from medvl.documents.evidence import Evidence
 from medvl.documents.fields import fields_to_json
 from medvl.documents.fields_schema import read_schema
-from medvl.serve import extract, interface, responses
+from medvl.serve import extract, fhir, interface, responses
 from medvl.serve.extract import Extraction, Wish
 from medvl.serve.forms import Form, form_schema, read_adapter, read_form, until_gone
 from medvl.serve.http import seen
@@ -87,7 +90,8 @@ def add_routes(app: FastAPI, site: Site) -> None:
         extraction = await until_gone(request, extract.extract(site.backend, seen().id, form.files, wish))
         _count_extraction(site, extraction)
         if as_fhir:
-            raise Refused(501, "FHIR is to come")
+            bundle = await asyncio.to_thread(_bundle, extraction, site, seen().id, app.version)
+            return Response(json.dumps(bundle), media_type="application/fhir+json")
         return _extracted(site, extraction)
 
     @app.post(
@@ -120,6 +124,21 @@ def add_routes(app: FastAPI, site: Site) -> None:
         text, end = await until_gone(request, extract.answer(site.backend, asked))
         count_end(site, end)
         return _analysed(site, text, end, begun)
+
+
+def _bundle(extraction: Extraction, site: Site, request: str, version: str) -> Any:
+    """The fields as FHIR; values of pages that were not read are all marked as unverified."""
+    assert extraction.fields is not None
+    bundle = fhir.make_bundle(
+        extraction.fields,
+        extraction.evidence or Evidence(),
+        software=f"medvl {version}",
+        model=site.backend.model,
+        made_at=datetime.datetime.now(datetime.UTC),
+        request=request,
+    )
+    fhir.check_bundle(bundle)
+    return bundle
 
 
 _DESCRIBE = "Describe what this shows."

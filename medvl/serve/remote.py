@@ -212,10 +212,11 @@ def _request_body(request: Request, model: str) -> bytes:
         "messages": openai_messages(request.messages, request.images),
         "stream": True,
         "stream_options": {"include_usage": True},
-        "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "seed": request.seed,
     }
+    if request.max_tokens:
+        body["max_tokens"] = request.max_tokens
     if request.top_p < 1:
         body["top_p"] = request.top_p
     if request.top_k:

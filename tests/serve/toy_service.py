@@ -9,6 +9,7 @@ import uvicorn
 
 from medvl.serve.api import make_app
 from medvl.serve.backend import Backend
+from medvl.serve.remote import remote_engine
 from medvl.serve.settings import ServeConfig
 from medvl.serve.worker import LocalEngine, Worker
 
@@ -24,17 +25,23 @@ class Running:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
     async def _main(self):
-        model = Worker("model", self.opener_of, self.rows, most=self.cfg.queue)
-        opener = Worker("opener", "medvl.serve.pages:open_opener", self.cfg.limits, 0, most=self.cfg.queue)
         readers = [Worker(f"reader {i}", name) for i, name in enumerate(self.reader_openers)]
+        opener = Worker("opener", "medvl.serve.pages:open_opener", self.cfg.limits, 0, most=self.cfg.queue)
+        workers = [opener, *readers]
+        if self.cfg.engine:
+            engine = remote_engine(self.cfg.engine, model=self.cfg.engine_model)
+        else:
+            model = Worker("model", self.opener_of, self.rows, most=self.cfg.queue)
+            engine = LocalEngine(model)
+            workers.append(model)
         self.backend = Backend(
             cfg=self.cfg,
-            engine=LocalEngine(model),
+            engine=engine,
             model="toy",
             opener=opener,
             readers=readers,
             rooms={},
-            workers=[model, opener, *readers],
+            workers=workers,
         )
         config = uvicorn.Config(
             make_app(self.backend), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=30
