@@ -88,13 +88,15 @@ def open_slides(post: Callable[[Any], None], emit: Emit, folder: str) -> Calls:
         Raises:
             Refused: features that cannot be read, no slide of the name.
         """
-        # Tokens of a slide are kept by its content; those of a stranger's in memory, and not for long.
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as cache:
-            about: dict[str, Any] = {"max_tokens": max_tokens, "opened": opened}
+        about: dict[str, Any] = {"max_tokens": max_tokens, "opened": opened}
+        # In memory, and gone with the answer: HDF5 opens files by their real names only, and tokens of a slide are
+        # kept by its content.
+        with tempfile.TemporaryDirectory(prefix="medvl-slide-", dir="/dev/shm") as place:
             try:
                 if content:
-                    with file_in_memory(content) as path:
-                        answer = look.look_at_slide(folder, path, question, cache=cache, **about)
+                    path = Path(place) / "slide"
+                    path.write_bytes(content)
+                    answer = look.look_at_slide(folder, path, question, cache=Path(place) / "tokens", **about)
                 else:
                     answer = look.look_at_slide(folder, slide, question, **about)
             except ValueError as e:
@@ -144,5 +146,5 @@ def _plain_errors(work: Callable[[], Any]) -> Any:
 
 def _without_path(error: ValueError) -> str:
     """The message of an error about a file, without the file's name."""
-    words = [word for word in str(error).split() if "/proc/self/fd" not in word]
+    words = [word for word in str(error).split() if "/proc/self/fd" not in word and "/dev/shm" not in word]
     return " ".join(words)[:300]

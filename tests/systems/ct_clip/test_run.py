@@ -1,5 +1,6 @@
 """The whole chain on a handful of drawn chests, and what users see when something is missing."""
 
+import io
 import json
 import logging
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from attrs import evolve
 from invoke import Collection, Program
+from PIL import Image
 
 import tasks
 from medvl.base import config, files, processes, store
@@ -24,6 +26,8 @@ from medvl.evaluation import results
 from medvl.hub import loading, tokens
 from medvl.phantoms import chests
 from medvl.phantoms.chest_case import PhantomConfig
+from medvl.serve import rooms
+from medvl.serve.interface import Refused
 from medvl.systems import run
 from medvl.systems.ct_clip import data as ct_data
 from medvl.systems.ct_clip import look, score
@@ -34,6 +38,7 @@ from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states
 from medvl.training.record import Speed, Stage
 from medvl.training.stages import make_optimizer
+from tests.rooms import open_room
 
 ROOT = Path(__file__).resolve().parents[3]
 SET = (
@@ -677,3 +682,33 @@ def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch
         assert status in (None, 0), (command, capsys.readouterr())
     assert "Emphysema" in capsys.readouterr().out
     assert Path("look.png").stat().st_size > 0
+
+
+def test_a_run_is_served(trained):
+    """A scan that is sent has the findings of its file, and leaves none."""
+    folder = trained[1]
+    scan = next(Path("data").glob("phantoms-*/test/*.nii.gz"))
+    ask = open_room(rooms.open_ct, folder)
+    found = ask("classify", content=scan.read_bytes(), findings=[], settings=[], with_slices=True)
+    alone = look.look_at_scan(folder, scan)
+    assert found["probability"] == alone["probability"]
+    assert found["threshold"] == alone["threshold"]
+    first, stop = alone["volume"].occupied
+    assert len(found["slices"]) == stop - first
+    picture = np.asarray(Image.open(io.BytesIO(found["slices"][0])))
+    slices = alone["volume"].voxels[first:stop].astype(np.float32)
+    expected = (slices[0] - slices.min()) / max(1.0, float(slices.max() - slices.min())) * 255
+    np.testing.assert_allclose(picture, expected, atol=0.51)
+    named = ask(
+        "classify", content=scan.read_bytes(), findings=["Pneumothorax"], settings=[], with_slices=False
+    )
+    assert list(named["probability"]) == ["Pneumothorax"]
+    for content, settings in (
+        (b"Jane Doe", []),
+        (scan.read_bytes()[:5000], []),
+        (scan.read_bytes(), ["preset=merlin"]),
+    ):
+        with pytest.raises(Refused, match="the scan cannot be read") as refused:
+            ask("classify", content=content, findings=[], settings=settings, with_slices=False)
+        assert "/proc" not in str(refused.value)
+        assert "Jane" not in str(refused.value)

@@ -17,8 +17,11 @@ from medvl.base.tree import flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress
 from medvl.hub import skeletons
 from medvl.language import chat
+from medvl.serve import rooms
+from medvl.serve.interface import Refused
 from medvl.slides import pack
 from medvl.slides.question_formats import SlideConversation
+from medvl.slides.relevance import top_patches
 from medvl.slides.tokens import open_features, slide_tokens
 from medvl.systems import run
 from medvl.systems.slide_vqa import look, pretrain
@@ -31,6 +34,7 @@ from medvl.systems.slide_vqa.tokens import compute_tokens, read_mean_token
 from medvl.training import states
 from medvl.training.stages import make_gradient
 from tests.records import with_settings
+from tests.rooms import open_room
 from tests.systems.slide_vqa import pieces
 
 MODEL = {
@@ -532,3 +536,24 @@ def test_the_router_moves_at_its_own_rate(tmp_path):
     moved = {n: float((t - before[n]).abs().max()) for n, t in flatten(after).items()}
     assert moved["gate/weight"] == pytest.approx(7e-3, rel=1e-3)
     assert moved["experts/up/weight"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_run_is_served(trained):
+    """A slide that is sent is answered as its file is, and none of its tokens stay in the run."""
+    place, folder, _ = trained
+    slide = next((place / "data").rglob("*.h5"))
+    alone = look.look_at_slide(folder, slide, "Which tissue is there?", max_tokens=4)
+    before = sorted((folder / "tokens").rglob("*"))
+    ask = open_room(rooms.open_slides, folder)
+    question = {"question": "Which tissue is there?", "max_tokens": 4}
+    found = ask("ask", content=slide.read_bytes(), slide="", **question)
+    assert found["text"] == alone["answer"].strip()
+    assert found["patches"] == top_patches(alone["relevance"], alone["coords"], 5)
+    assert found["map"].startswith(b"\x89PNG")
+    assert sorted((folder / "tokens").rglob("*")) == before
+    assert ask("ask", content=b"", slide=slide.stem, **question)["text"] == found["text"]
+    with pytest.raises(Refused, match="the slide cannot be read") as refused:
+        ask("ask", content=b"Jane Doe", slide="", **question)
+    assert "/proc" not in str(refused.value)
+    with pytest.raises(Refused, match="no slide of that name"):
+        ask("ask", content=b"", slide="elsewhere", **question)

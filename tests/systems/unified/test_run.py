@@ -1,14 +1,17 @@
 """A run of unified from a record: drawn heads, a VQ model, three stages, answers and pictures, all of them tiny."""
 
 import copy
+import io
 import json
 import re
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from PIL import Image
 
 from medvl.base import config
 from medvl.base.files import file_lock
@@ -16,9 +19,12 @@ from medvl.base.tree import flatten
 from medvl.components.vq import VqConfig, init_vq
 from medvl.hub import vqgan_files
 from medvl.language import encoding
-from medvl.systems.unified import SYSTEM, data, draw, probe, run, score
+from medvl.serve import rooms
+from medvl.serve.interface import Refused
+from medvl.systems.unified import SYSTEM, ask, data, draw, probe, run, score
 from medvl.systems.unified.record import Config
 from tests.records import with_settings
+from tests.rooms import open_room
 from tests.systems.unified.pieces import CLIP, PHI3
 from tests.together import run_together
 
@@ -420,3 +426,18 @@ def test_shares_of_a_mixed_stage_are_drawn_by_the_seed(trained):
 def test_records_that_cannot_be_trained_are_refused(tmp_path, settings, message):
     with pytest.raises(config.ConfigError, match=message):
         record(tmp_path, **settings)
+
+
+def test_a_run_is_served(trained):
+    """Answers come in pieces, pictures as PNG; both are those of the run."""
+    files, _, model, params, _ = trained
+    room = open_room(rooms.open_unified, files)
+    image = Image.new("RGB", (12, 12), (90, 9, 9))
+    pieces, answer = room("ask", events=True, question="Which organ?", image=image, max_tokens=5)
+    assert answer == ask.ask_image(model, params, image, "Which organ?", max_tokens=5)
+    assert "".join(piece.text for piece in pieces).strip() == answer
+    png = room("draw", text="Draw.", image=image, temperature=0.0, seed=0)
+    expected = draw.draw_image(model, params, image, "Draw.")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(expected))
+    with pytest.raises(Refused, match="must have text"):
+        room("ask", question=" ", image=image, max_tokens=5)
