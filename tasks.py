@@ -590,15 +590,16 @@ def vqgan(c, action, config, ckpt, out):
     help={
         "source": "a page (PNG, JPEG, TIFF, WebP), a PDF or a DICOM file",
         "out": "PNG or DICOM file to write; of a PDF or several pages a folder of PNGs to make",
+        "known": "text file of names and numbers that are sought as well, one a line",
     },
 )
-def redact(c, source, out):
+def redact(c, source, out, known=""):
     """Black out names, dates and numbers of a page and clean a DICOM header; status 3 if a second reading finds more."""
     _needs(source=source, out=out)
     # The task has the module's name.
     from medvl.commands import redact as commands
 
-    sys.exit(_call(commands.redact, source, out))
+    sys.exit(_call(commands.redact, source, out, known))
 
 
 @task(

@@ -15,6 +15,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,12 @@ def redacted_page(number: int) -> dict[str, Any]:
 
 
 # Letters ----------------------------------------------------------------------------------------------------
-def redacted_letter(number: int) -> dict[str, Any]:
-    """Of the values that fill a letter, each of their words that the last reading still has."""
+def redacted_letter(number: int, is_given: bool = False) -> dict[str, Any]:
+    """Of the values that fill a letter, those that the last reading still has.
+
+    Args:
+        is_given: the names are given, as by `--known`.
+    """
     gen = np.random.default_rng([SEED, number])
     people = page_records.words()["people"]
     names = {name: pick(gen, people["first"]) for name in ("first", "other", "signed")}
@@ -139,6 +144,7 @@ def redacted_letter(number: int) -> dict[str, Any]:
     values = names | numbers | {"seen": dates[0], "date": dates[1], "age": str(gen.integers(90, 100))}
     values |= {"number": str(gen.integers(10, 99)), "mail": f"{names['other'].casefold()}@example.org"}
     text = LETTERS[number % len(LETTERS)].format(**values)
+    known = [("name", name) for name in names.values()] if is_given else []
     (lines,) = text_page.page_lines(text)
     words = list[list[Word]]()
 
@@ -146,7 +152,7 @@ def redacted_letter(number: int) -> dict[str, Any]:
         words.append(read_page(image))
         return words[-1]
 
-    redacted = redact_page(text_page.draw_text_page(lines, 1, 1), read=read)
+    redacted = redact_page(text_page.draw_text_page(lines, 1, 1), known, read=read)
     left = " ".join(word.text for word in words[-1])
     printed = {kind: value for kind, value in values.items() if value in text and kind != "number"}
     kept = [
@@ -294,12 +300,13 @@ def main() -> None:
     for damage in ("clean", "scan", "photo"):
         print_rows(damage, [line for line in pages if line["damage"] == damage] or pages)
     print_rows("all pages", pages)
-    letters = kept(args.folder, "letter", args.letters, redacted_letter)
-    for kind in sorted({kind for line in letters for kind in line["readable"]}):
-        there = [line["readable"][kind] for line in letters if kind in line["readable"]]
-        print(f"letters        {kind:8} {len(there):4} values, readable after the last reading {sum(there)}")
-    others, hidden = (sum(line[key] for line in letters) for key in ("others", "hidden"))
-    print(f"letters        other words {others}, blacked out or misread {hidden}")
+    for name, is_given in (("letter", False), ("letter-known", True)):
+        letters = kept(args.folder, name, args.letters, partial(redacted_letter, is_given=is_given))
+        for kind in sorted({kind for line in letters for kind in line["readable"]}):
+            there = [line["readable"][kind] for line in letters if kind in line["readable"]]
+            print(f"{name:14} {kind:8} {len(there):4} values, readable after the last reading {sum(there)}")
+        others, hidden = (sum(line[key] for line in letters) for key in ("others", "hidden"))
+        print(f"{name:14} other words {others}, blacked out or misread {hidden}")
     files = kept(args.folder, "dicom", args.dicoms, redacted_dicom)
     frames = [line for lines in files for line in lines]
     print_rows("DICOM frames", frames)

@@ -1,7 +1,7 @@
 """`invoke redact`: a page, a PDF or a DICOM file without what tells who it is about."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -22,11 +22,13 @@ _NO_PROMISE = (
 )
 
 
-def redact(source: str, out: str) -> int:
+def redact(source: str, out: str, known: str = "") -> int:
     """Write a file without what `documents.redact` finds, and print how much that was, page by page.
 
     A DICOM file becomes one of DICOM, a picture a PNG; a PDF, or a TIFF of several pages, becomes a folder of PNGs.
 
+    Args:
+        known: file of names and numbers that are sought as well, one a line.
     Returns:
         the exit status: 3 where the last reading still found something, else 0.
     Raises:
@@ -35,10 +37,11 @@ def redact(source: str, out: str) -> int:
     if not Path(source).is_file():
         raise ValueError(f"redact: {source}: no such file")
     check_reader()
+    values = _read_known(known) if known else []
     content = Path(source).read_bytes()
     if content[128:132] == b"DICM":
         files.check_writable(out)
-        data, redacted = redact_dicom(content)
+        data, redacted = redact_dicom(content, values)
         with files.atomic(out) as tmp:
             tmp.write_bytes(data)
         return _report(redacted)
@@ -47,17 +50,29 @@ def redact(source: str, out: str) -> int:
     if pages.kind == "pdf" or len(pages.numbers) > 1:
         check_new_folder(out)
         with new_folder(out) as folder:
-            return _report(_written(images, folder))
+            return _report(_written(images, values, folder))
     files.check_writable(out)
-    page = redact_page(next(images))
+    page = redact_page(next(images), values)
     with files.atomic(out) as tmp:
         page.image.save(tmp, "PNG")
     return _report([page])
 
 
-def _written(images: Iterable[Image.Image], folder: Path) -> Iterable[Redacted]:
+def _read_known(path: str) -> list[tuple[str, str]]:
+    """(kind, text) of each line of a file: what has a digit is a number."""
+    files.check_regular(path)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: must be a text file, one name or number a line") from e
+    return [("record" if any(map(str.isdigit, line)) else "name", line) for line in lines if line.strip()]
+
+
+def _written(
+    images: Iterable[Image.Image], known: Sequence[tuple[str, str]], folder: Path
+) -> Iterable[Redacted]:
     for number, image in enumerate(images, 1):
-        page = redact_page(image)
+        page = redact_page(image, known)
         page.image.save(folder / f"{number:04}.png", "PNG")
         yield page
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,18 @@ _METHOD = ["medvl redact: basic profile of PS3.15", "text, dates, private remove
 
 
 def redact_dicom(
-    content: bytes, *, read: Callable[[Image.Image], list[Word]] = read_page
+    content: bytes,
+    known: Sequence[tuple[str, str]] = (),
+    *,
+    read: Callable[[Image.Image], list[Word]] = read_page,
 ) -> tuple[bytes, list[Redacted]]:
     """A DICOM file with a header by the basic profile and what `redact_page` finds blacked out in each frame.
 
     Names and numbers of the header are sought in the frames. UIDs are hashed, so that files of a series stay together;
     who has an old one can tell its new one. BurnedInAnnotation says NO only where the last reading found nothing.
 
+    Args:
+        known: as in `redact_page`.
     Returns:
         the file, explicit VR little endian without compression, and its frames.
     Raises:
@@ -51,7 +56,7 @@ def redact_dicom(
     with _reading():
         count, _, _ = read_size(content, "redact")
         original = dcmread(io.BytesIO(content))
-        known = [*_known_values(original)]
+        known = [*known, *_known_values(original)]
         if original.file_meta.TransferSyntaxUID == uid.ExplicitVRBigEndian or original.BitsAllocated % 8:
             raise ValueError("only little endian and whole bytes are written")
     if count > _MOST_FRAMES:

@@ -11,7 +11,8 @@ from medvl.commands import redact as module
 from medvl.commands.redact import redact
 from medvl.documents.redact import redact_page
 from medvl.documents.redact_dicom import redact_dicom
-from tests.documents.test_redact import NAMES, WORDS, drawn, file_of, one_more, reader
+from tests.documents.test_redact import NAMES, WORDS, drawn, file_of, one_more, reader, words_of
+from tests.language.test_dicom_image import made
 from tests.serve import files
 
 
@@ -21,7 +22,9 @@ def read_as(monkeypatch):
 
     def use(make):
         monkeypatch.setattr(module, "check_reader", lambda: None)
-        monkeypatch.setattr(module, "redact_page", lambda image: redact_page(image, read=make()))
+        monkeypatch.setattr(
+            module, "redact_page", lambda image, known: redact_page(image, known, read=make())
+        )
         monkeypatch.setattr(module, "redact_dicom", functools.partial(redact_dicom, read=make()))
 
     return use
@@ -43,6 +46,22 @@ def test_a_page(tmp_path, capsys, read_as):
     assert pixels.shape == np.asarray(drawn(WORDS)).shape
     assert not pixels[10:22, 98:216].any()
     assert pixels[40:52, 10:50].min() > 60
+
+
+def test_names_that_are_known(tmp_path, capsys, read_as):
+    """What stands in a file is sought on pages and frames, although nothing on them says that it is a name."""
+    read_as(lambda: reader(words_of("heart of normal size\nNorthgat 47112233")))
+    page = drawn(words_of("heart of normal size\nNorthgat 47112233"))
+    page.save(tmp_path / "page.png")
+    (tmp_path / "scan.dcm").write_bytes(made(np.asarray(page)[..., 0], PatientName=""))
+    known = tmp_path / "known.txt"
+    known.write_text("Doe, Northgate\n\n4711-2233\n")
+    for source in ("page.png", "scan.dcm"):
+        assert redact(str(tmp_path / source), str(tmp_path / "out"), str(known)) == 0
+        assert "blacked out: name 1, record 1; left after 2 readings: 0" in capsys.readouterr().out
+    known.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="one name or number a line"):
+        redact(str(tmp_path / "page.png"), str(tmp_path / "out"), str(known))
 
 
 def test_pages_of_a_pdf_become_a_folder(tmp_path, capsys, read_as):
