@@ -1,6 +1,6 @@
 """Where on a page each value of a record stands: the evidence for what a model or the rules say."""
 
-import difflib
+import bisect
 import math
 import re
 import unicodedata
@@ -52,6 +52,8 @@ class _Pages:
     """The text of pages in reading order, with a space between words, and what each of its characters is part of."""
 
     text: str
+    letters: str  # the text without spaces
+    positions: tuple[int, ...]  # in the text, of each letter
     words: tuple[Word, ...]
     places: tuple[tuple[int, int], ...]  # of each character: word, and place in it
     lines: tuple[int, ...]  # of each word
@@ -224,13 +226,9 @@ def _height(match: _Match) -> float:
 
 # Matches ----------------------------------------------------------------------------------------------------
 def _read_words(pages: Sequence[Sequence[Word]]) -> _Pages:
-    text, ordered, places, lines, numbers = (
-        "",
-        list[Word](),
-        list[tuple[int, int]](),
-        list[int](),
-        list[int](),
-    )
+    text = ""
+    ordered, places = list[Word](), list[tuple[int, int]]()
+    lines, numbers = list[int](), list[int]()
     number = 0  # of the line
     for page, words in enumerate(pages):
         for line in lines_of(words):
@@ -242,7 +240,11 @@ def _read_words(pages: Sequence[Sequence[Word]]) -> _Pages:
                 numbers.append(page)
             number += 1
         number += _PAGE_GAP
-    return _Pages(text, tuple(ordered), tuple(places), tuple(lines), tuple(numbers))
+    positions = [i for i, letter in enumerate(text) if letter != " "]
+    letters = text.replace(" ", "")
+    return _Pages(
+        text, letters, tuple(positions), tuple(ordered), tuple(places), tuple(lines), tuple(numbers)
+    )
 
 
 def _fold(text: str) -> str:
@@ -263,9 +265,8 @@ def _find(page: _Pages, path: str, value: str) -> list[_Match]:
         texts = [value, f"{value}-year-old", f"{value}-year"]
     matches = list[_Match]()
     for text in map(_fold, texts):
-        alike = text.translate(_LOOK_ALIKES)
-        scores = dict.fromkeys(_spans(alike, page.text.translate(_LOOK_ALIKES), page.text), _NEAR_MISS)
-        for start, stop in _spans(text, page.text, page.text):
+        scores = dict.fromkeys(_spans(page, text, alike=True), _NEAR_MISS)
+        for start, stop in _spans(page, text):
             # "58" is not quite "5 8", which may be two numbers.
             is_same = _NUMBER.findall(page.text[start:stop]) == _NUMBER.findall(text)
             scores[start, stop] = 1.0 if is_same else _NEAR_MISS
@@ -274,8 +275,7 @@ def _find(page: _Pages, path: str, value: str) -> list[_Match]:
         found = [_match(page, [span], score) for span, score in scores.items()]
         if not found and len(text) >= _LONG:
             # Most of it may be on the page, maybe with another column between its lines.
-            matcher = difflib.SequenceMatcher(None, page.text, text, autojunk=False)
-            runs = [(run.a, run.a + run.size) for run in matcher.get_matching_blocks() if run.size >= _RUN]
+            runs = _common_runs(page, text)
             share = sum(stop - start for start, stop in runs) / len(text)
             found = [_match(page, runs, min(share, _ALMOST))] if share >= _SHARE else []
         matches += found
@@ -283,28 +283,54 @@ def _find(page: _Pages, path: str, value: str) -> list[_Match]:
 
 
 # Where no word or number goes on: a unit may stand right behind its number ("25mg").
-_BEFORE = {True: r"(?<![^\W_])(?<!\d[.,/:])(?<![^\W\d_]-)", False: r"(?<![^\W\d_])(?<![^\W_][-/'])"}
-_BEHIND = {True: r"(?!\d|[.,/:]\d|-[^\W\d_])", False: r"(?![^\W_]|[-/'][^\W_])"}
+_BEFORE = {
+    True: re.compile(r"(?<![^\W_])(?<!\d[.,/:])(?<![^\W\d_]-)"),
+    False: re.compile(r"(?<![^\W\d_])(?<![^\W_][-/'])"),
+}
+_BEHIND = {True: re.compile(r"(?!\d|[.,/:]\d|-[^\W\d_])"), False: re.compile(r"(?![^\W_]|[-/'][^\W_])")}
 
 
-def _spans(value: str, text: str, printed: str) -> list[tuple[int, int]]:
-    """Where a value is in a text as whole words and numbers, whatever the spaces between its letters.
+def _spans(page: _Pages, value: str, *, alike: bool = False) -> list[tuple[int, int]]:
+    """Where a value is on the pages as whole words and numbers, whatever the spaces between its letters.
 
     Args:
-        printed: the text before letters were replaced, which says what is a digit.
+        alike: letters that look alike count as equal.
     """
-    letters = "".join(value.split())
-    if not letters:
-        return []
+    wanted = "".join(value.split())
+    letters = page.letters
+    if alike:
+        wanted, letters = wanted.translate(_LOOK_ALIKES), letters.translate(_LOOK_ALIKES)
     spans = []
-    for match in re.finditer(f"(?=({' *'.join(map(re.escape, letters))}))", text):
-        start, stop = match.span(1)
-        first, last = printed[start], printed[stop - 1]
-        before = re.compile(_BEFORE[first.isdigit()]).match(printed, start) or not first.isalnum()
-        behind = re.compile(_BEHIND[last.isdigit()]).match(printed, stop) or not last.isalnum()
+    place = letters.find(wanted) if wanted else -1
+    while place >= 0:
+        start, stop = page.positions[place], page.positions[place + len(wanted) - 1] + 1
+        first, last = page.text[start], page.text[stop - 1]
+        before = not first.isalnum() or _BEFORE[first.isdigit()].match(page.text, start)
+        behind = not last.isalnum() or _BEHIND[last.isdigit()].match(page.text, stop)
         if before and behind:
             spans.append((start, stop))
+        place = letters.find(wanted, place + 1)
     return spans
+
+
+def _common_runs(page: _Pages, text: str) -> list[tuple[int, int]]:
+    """Runs of a text that are on the pages in its order, at least `_RUN` letters each; linear in both lengths."""
+    starts: dict[str, list[int]] = {}
+    for i in range(len(page.text) - _RUN + 1):
+        starts.setdefault(page.text[i : i + _RUN], []).append(i)
+    runs = list[tuple[int, int]]()
+    i = end = 0
+    while i <= len(text) - _RUN:
+        places = starts.get(text[i : i + _RUN], [])
+        next_one = bisect.bisect_left(places, end)
+        if next_one == len(places):
+            i += 1
+            continue
+        start = end = places[next_one]
+        while i < len(text) and end < len(page.text) and text[i] == page.text[end]:
+            i, end = i + 1, end + 1
+        runs.append((start, end))
+    return runs
 
 
 _NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
