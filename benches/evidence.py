@@ -3,7 +3,7 @@
 Test pages are drawn clean, as a scan and as a photograph, and read by OCR. Their gold fields stand for a model's answer, in
 which one number of ten is altered: a digit changed, dropped or doubled, the decimal point moved, or another number of the page
 and of the same kind (another row's) put in its place. An altered number is caught where `check_fields` does not say
-"verified"; in running text, where it is among `unshown`. An unaltered value that is not verified is a false alarm. Intervals
+"verified" or "same"; in running text, where it is among `unshown`. An unaltered value that is not verified is a false alarm. Intervals
 of 95 % are by bootstrap of whole pages.
 
 Words are kept in FOLDER, so that a second run takes a minute. Reading takes about 3 seconds a page on one core.
@@ -131,7 +131,7 @@ def count_page(fields: Fields, words: Sequence[Word], gen: np.random.Generator) 
             counts["caught of the altered numbers"] += 1
             counts[f"  {how}"] += 1
             counts["  of fields"] += not in_text
-        if stands is not None and stands.is_exact:
+        if stands is not None and stands.spelling == "exact":
             counts["altered and standing elsewhere on the page"] += 1
             counts["  caught of these"] += is_caught
         counts["altered and similar"] += not in_text and by_path[path].status == "similar"

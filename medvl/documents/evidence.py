@@ -17,7 +17,7 @@ from medvl.documents.quantities import find_quantities, normalise_flag, parse_qu
 from medvl.documents.rules import repair_word
 from medvl.documents.words import Box, Word
 
-Status = Literal["verified", "similar", "elsewhere", "missing"]
+Status = Literal["verified", "same", "similar", "elsewhere", "missing"]
 WarningKind = Literal["flag", "range", "unit", "number"]
 _FREE_TEXTS = ("text", "procedures/", "diagnoses/")
 
@@ -29,9 +29,10 @@ class Value:
     Attributes:
         path: as in `fields.leaves`.
         status: "verified" = it stands on a page letter by letter and, if it is of a medication, test or vital sign,
-            with that name; "elsewhere" = it stands on a page, but not with its name; "similar" = only letters
-            that look alike (O for 0, comma for point), or the most of a long text; "missing" = on no page.
-            A reader's error makes a right value similar or missing: unverified means "look at the page".
+            with that name; "same" = so, in another spelling of the same number, unit or listed term (8,4 for 8.4, ug
+            for mcg, BID for twice daily), and is verified, too; "elsewhere" = not with its name; "similar" = only
+            letters that look alike (O for 0, l for 1), or the most of a long text; "missing" = on no page. A
+            reader's error makes a right value similar or missing: unverified means "look at the page".
         page: number of the page, from 0; None where it is missing.
         box: left, top, right, bottom in pixels of the page.
         score: from 0 to 1, of the reader's least sure word, halved where only similar.
@@ -48,7 +49,7 @@ class Value:
 
     @property
     def verified(self) -> bool:
-        return self.status == "verified"
+        return self.status in ("verified", "same")
 
 
 @frozen(kw_only=True)
@@ -89,10 +90,12 @@ def check_fields(fields: Fields, pages: Sequence[Sequence[Word]]) -> Evidence:
 def _value(path: str, text: str, place: Place | None, pages: Sequence[Sequence[Word]]) -> Value:
     status: Status = "missing"
     if place:
-        status = "verified" if place.is_with_name else "elsewhere"
-        status = status if place.is_exact else "similar"
+        found: dict[str, Status] = {"exact": "verified", "same": "same", "similar": "similar"}
+        status = found[place.spelling]
+        if status != "similar" and not place.is_with_name:
+            status = "elsewhere"
     unshown: tuple[str, ...] = ()
-    if status != "verified" and path.startswith(_FREE_TEXTS):
+    if status not in ("verified", "same") and path.startswith(_FREE_TEXTS):
         unshown = _unshown_numbers(text, pages)
     if place is None:
         return Value(path=path, text=text, status=status, unshown=unshown)
@@ -115,7 +118,7 @@ def _unshown_numbers(text: str, pages: Sequence[Sequence[Word]]) -> tuple[str, .
         if re.search(r"\d", word):
             phrases[i] = " ".join(words[max(0, i - 1) : i + 2])
     places = find_on_pages(Fields(procedures=phrases.values()), pages)
-    shown = [place is not None and place.is_exact for place in places.values()]
+    shown = [place is not None and place.spelling == "exact" for place in places.values()]
     numbers = [words[i].strip(".,;:()") for i in phrases]
     return tuple(number for number, is_shown in zip(numbers, shown, strict=True) if not is_shown)
 
@@ -197,7 +200,7 @@ def _warnings(fields: Fields, places: Mapping[str, Place | None]) -> list[Contra
 
 def _has_other_unit(value: str, unit: str, name: str, place: Place | None) -> bool:
     """Whether a unit that the list knows stands right behind the value and is not the stated one."""
-    if not unit or place is None or not place.is_exact or not place.is_with_name:
+    if not unit or place is None or place.spelling == "similar" or not place.is_with_name:
         return False
     quantities = find_quantities(f"{value} {place.behind.rpartition(' ')[0]}")
     printed = quantities[0].unit if quantities else ""

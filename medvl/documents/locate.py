@@ -5,19 +5,25 @@ import math
 import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 from attrs import evolve, field, frozen
 
 from medvl.documents.fields import Fields, leaves
-from medvl.documents.quantities import medical_terms
+from medvl.documents.quantities import EVERY_HOURS, medical_terms, parse_quantity, same_number, same_unit
 from medvl.documents.words import Box, Word, join_boxes, lines_of, part_of_box
 
+Spelling = Literal["exact", "same", "similar"]
+_PENALTIES = {
+    "exact": 0.0,
+    "same": 1.0,
+    "similar": 3.0,
+}  # distances: of places that are as near, the exact one
 _NEAR_MISS = 0.5  # score of a match that needs 0 to be O, 1 to be l or I, a point to be a comma
 _LOOK_ALIKES = str.maketrans("0o1li|,", "oollll.")  # of folded text
 _LONG = 40  # letters: running text, of which a reader may have got a letter wrong
 _RUN = 8  # letters that must be equal in a row to count for a long text
 _SHARE = 0.8  # of a long text that must be on the page
-_ALMOST = 0.999  # the share of a text whose letters are all there, but not in one run
 _PAGE_GAP = 100  # lines between two pages: what stands on another page is far away
 _WRAPPED = 3  # lines below its name on which a value may stand
 _HEADER = 6  # lines from a patient's name or number to age and sex
@@ -33,7 +39,8 @@ class Place:
         score: of the least sure word; halved where letters were taken for others that look alike, and
             multiplied by the share that is there of a long text.
         page: number of the page, from 0.
-        is_exact: every letter of it is there, whatever the case and the spaces.
+        spelling: "exact": every letter of it is there, whatever the case and the spaces; "same": another spelling of
+            the same number, unit or listed term (8,4 for 8.4, ug for mcg, BID for twice daily); else "similar".
         is_with_name: a value of a medication, test or vital sign stands with the name of that, age and sex with
             the patient; True for others.
         behind: the 20 letters that follow on the page, in lower case.
@@ -42,7 +49,7 @@ class Place:
     box: Box
     score: float
     page: int = 0
-    is_exact: bool = True
+    spelling: Spelling = "exact"
     is_with_name: bool = True
     behind: str = field(default="", repr=False)
 
@@ -52,12 +59,14 @@ class _Pages:
     """The text of pages in reading order, with a space between words, and what each of its characters is part of."""
 
     text: str
-    letters: str  # the text without spaces
+    alike: str  # the text without spaces, and one letter for those that look alike
     positions: tuple[int, ...]  # in the text, of each letter
     words: tuple[Word, ...]
     places: tuple[tuple[int, int], ...]  # of each character: word, and place in it
     lines: tuple[int, ...]  # of each word
     numbers: tuple[int, ...]  # of the page of each word
+    quantities: frozenset[str]  # numbers as they are printed
+    units: frozenset[str]  # words that may be units
 
 
 @frozen
@@ -106,7 +115,7 @@ def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, 
     def take(path: str, record: str, only_with_name: bool = False) -> None:
         free = [] if path in best else _untaken(matches[path], taken)
         if only_with_name:
-            free = [match for match in free if _is_with_name(path, match, anchors)]
+            free = _best_spelled([match for match in free if _is_with_name(path, match, anchors)])
         if free:
             best[path] = min(free, key=lambda match: _distance(anchors[record], match))
             taken.update(range(best[path].start, best[path].stop))
@@ -191,6 +200,14 @@ def _untaken(matches: Sequence[_Match], taken: set[int]) -> list[_Match]:
     return [match for match in matches if not taken.intersection(range(match.start, match.stop))]
 
 
+def _best_spelled(matches: list[_Match]) -> list[_Match]:
+    """The exact ones of some matches, or else those in another spelling, or else all."""
+    for spelling in _PENALTIES:
+        if best := [match for match in matches if match.place.spelling == spelling]:
+            return best
+    return []
+
+
 def _choose_anchor(record: Mapping[str, list[_Match]], previous: _Match | None) -> tuple[str, _Match | None]:
     """Where a record stands, with the path of the value there: the match of its name, or else of its rarest value,
     to which its other values are nearest; of equals the one that follows the record before."""
@@ -214,7 +231,7 @@ def _distance(anchor: _Match, match: _Match) -> float:
     and what belongs to a name stands behind it."""
     across = (match.place.box[0] - anchor.place.box[0]) / _height(anchor)
     down = match.line - anchor.line
-    penalty = 0.0 if match.place.is_exact else 3.0
+    penalty = _PENALTIES[match.place.spelling]
     if down == 0:
         return penalty + (0.05 * across if across >= 0 else 1 - 0.1 * across)
     return penalty + abs(across) / 4 + (6 * down if down > 0 else 2 - 6 * down)
@@ -240,10 +257,16 @@ def _read_words(pages: Sequence[Sequence[Word]]) -> _Pages:
                 numbers.append(page)
             number += 1
         number += _PAGE_GAP
-    positions = [i for i, letter in enumerate(text) if letter != " "]
-    letters = text.replace(" ", "")
     return _Pages(
-        text, letters, tuple(positions), tuple(ordered), tuple(places), tuple(lines), tuple(numbers)
+        text=text,
+        alike=text.replace(" ", "").translate(_LOOK_ALIKES),
+        positions=tuple(i for i, letter in enumerate(text) if letter != " "),
+        words=tuple(ordered),
+        places=tuple(places),
+        lines=tuple(lines),
+        numbers=tuple(numbers),
+        quantities=frozenset(re.findall(r"(?:[<>]=?|[≤≥~])? ?\d(?:[\d.,/]*\d)?", text)),
+        units=frozenset(re.sub(r"^[\d.,]+|[.,;:()\[\]]+", "", word) for word in text.split()),
     )
 
 
@@ -263,23 +286,45 @@ def _find(page: _Pages, path: str, value: str) -> list[_Match]:
         texts = next(row for row in medical_terms()["frequencies"] if "PRN" in row)
     elif path == "patient/age":
         texts = [value, f"{value}-year-old", f"{value}-year"]
-    matches = list[_Match]()
-    for text in map(_fold, texts):
-        scores = dict.fromkeys(_spans(page, text, alike=True), _NEAR_MISS)
-        for start, stop in _spans(page, text):
-            # "58" is not quite "5 8", which may be two numbers.
-            is_same = _NUMBER.findall(page.text[start:stop]) == _NUMBER.findall(text)
-            scores[start, stop] = 1.0 if is_same else _NEAR_MISS
-        if path.endswith(("/value", "/dose", "/age")):
-            scores = {span: score for span, score in scores.items() if _is_whole(page, *span)}
-        found = [_match(page, [span], score) for span, score in scores.items()]
-        if not found and len(text) >= _LONG:
-            # Most of it may be on the page, maybe with another column between its lines.
-            runs = _common_runs(page, text)
-            share = sum(stop - start for start, stop in runs) / len(text)
-            found = [_match(page, runs, min(share, _ALMOST))] if share >= _SHARE else []
-        matches += found
-    return matches
+    matches = dict[tuple[int, int], _Match]()
+    for text in [*texts, *_other_spellings(page, path, value)]:
+        spelling: Spelling = "exact" if text in texts else "same"
+        for span, is_alike in _spans(page, _fold(text)).items():
+            if path.endswith(("/value", "/dose", "/age")) and not _is_whole(page, *span):
+                continue
+            known = matches.get(span)
+            if known is None or known.place.spelling == "similar":
+                matches[span] = _match(page, [span], "similar" if is_alike else spelling)
+    if not matches and len(value) >= _LONG:
+        # Most of it may be on the page, maybe with another column between its lines.
+        runs = _common_runs(page, _fold(value))
+        share = sum(stop - start for start, stop in runs) / len(value)
+        return [_match(page, runs, "similar", share)] if share >= _SHARE else []
+    found = list(matches.values())
+    if path.endswith("/name") and any(match.place.spelling == "exact" for match in found):
+        return [match for match in found if match.place.spelling != "same"]  # the B12 of "Vitamin B12"
+    return found
+
+
+def _other_spellings(page: _Pages, path: str, value: str) -> list[str]:
+    """What pages print that means the same as a value by the rules of `quantities`."""
+    section, name = path.split("/")[0], path.rpartition("/")[2]
+    kinds = {"sex": "sexes", "route": "routes", "frequency": "frequencies", "flag": "flags", "name": section}
+    if name in ("value", "dose", "low", "high", "age"):
+        wanted = parse_quantity(value)
+        if wanted is None or wanted.join == "date":
+            return []
+        numbers = [(text, parse_quantity(text)) for text in page.quantities]
+        return [text for text, number in numbers if number and same_number(number, wanted)]
+    if name == "unit":
+        return [text for text in page.units if same_unit(text, value)]
+    hours = EVERY_HOURS.fullmatch(value)
+    if hours and not hours[2]:
+        return [f"q{hours[1]}h", f"every {hours[1]} hours"]
+    rows = medical_terms().get(kinds.get(name, ""), ())
+    return [
+        term for row in rows for term in row if any(value.casefold() == other.casefold() for other in row)
+    ]
 
 
 # Where no word or number goes on: a unit may stand right behind its number ("25mg").
@@ -290,26 +335,23 @@ _BEFORE = {
 _BEHIND = {True: re.compile(r"(?!\d|[.,/:]\d|-[^\W\d_])"), False: re.compile(r"(?![^\W_]|[-/'][^\W_])")}
 
 
-def _spans(page: _Pages, value: str, *, alike: bool = False) -> list[tuple[int, int]]:
-    """Where a value is on the pages as whole words and numbers, whatever the spaces between its letters.
-
-    Args:
-        alike: letters that look alike count as equal.
-    """
-    wanted = "".join(value.split())
-    letters = page.letters
-    if alike:
-        wanted, letters = wanted.translate(_LOOK_ALIKES), letters.translate(_LOOK_ALIKES)
-    spans = []
-    place = letters.find(wanted) if wanted else -1
+def _spans(page: _Pages, value: str) -> dict[tuple[int, int], bool]:
+    """Where a value is on the pages as whole words and numbers, whatever the spaces between its letters; and whether
+    only letters that look alike are there."""
+    wanted = "".join(value.split()).translate(_LOOK_ALIKES)
+    spans = dict[tuple[int, int], bool]()
+    place = page.alike.find(wanted) if wanted else -1
     while place >= 0:
         start, stop = page.positions[place], page.positions[place + len(wanted) - 1] + 1
         first, last = page.text[start], page.text[stop - 1]
         before = not first.isalnum() or _BEFORE[first.isdigit()].match(page.text, start)
         behind = not last.isalnum() or _BEHIND[last.isdigit()].match(page.text, stop)
         if before and behind:
-            spans.append((start, stop))
-        place = letters.find(wanted, place + 1)
+            printed = page.text[start:stop]
+            is_same = "".join(printed.split()) == "".join(value.split())
+            # "58" is not quite "5 8", which may be two numbers.
+            spans[start, stop] = not is_same or _NUMBER.findall(printed) != _NUMBER.findall(value)
+        place = page.alike.find(wanted, place + 1)
     return spans
 
 
@@ -354,8 +396,12 @@ def _is_whole(page: _Pages, start: int, stop: int) -> bool:
     )
 
 
-def _match(page: _Pages, spans: Sequence[tuple[int, int]], score: float) -> _Match:
-    """Characters as a match: the hull of the parts of their words, on the first of their pages."""
+def _match(page: _Pages, spans: Sequence[tuple[int, int]], spelling: Spelling, share: float = 1.0) -> _Match:
+    """Characters as a match: the hull of the parts of their words, on the first of their pages.
+
+    Args:
+        share: of the text that is there.
+    """
     ends: dict[int, tuple[int, int]] = {}  # of each word: first and last character
     for start, stop in spans:
         for i in range(start, stop):
@@ -366,12 +412,14 @@ def _match(page: _Pages, spans: Sequence[tuple[int, int]], score: float) -> _Mat
     head = next(iter(ends))
     on_page = {word: end for word, end in ends.items() if page.numbers[word] == page.numbers[head]}
     boxes = [part_of_box(page.words[word], first, last + 1) for word, (first, last) in on_page.items()]
+    if spelling == "similar" and share == 1:
+        share = _NEAR_MISS
     end = spans[-1][1]
     found = Place(
         box=join_boxes(boxes),
-        score=score * min(page.words[word].score for word in ends),
+        score=share * min(page.words[word].score for word in ends),
         page=page.numbers[head],
-        is_exact=score == 1,
+        spelling=spelling,
         behind=page.text[end : end + 20],
     )
     return _Match(spans[0][0], end, found, page.lines[head])

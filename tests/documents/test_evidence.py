@@ -71,7 +71,7 @@ def test_a_number_of_another_row_or_page_is_not_verified():
     assert check_fields(answer, PAGES).unverified == ("labs/0/value",)
 
 
-@pytest.mark.parametrize("value", ["3.5", "5.1", "59", "5", "9", "5.90", "-5.9"])
+@pytest.mark.parametrize("value", ["3.5", "5.1", "59", "5", "9", "5.91", "-5.9"])
 def test_a_value_is_a_whole_quantity_of_its_row(value):
     answer = evolve(ANSWER, labs=[evolve(ANSWER.labs[0], value=value)])
     assert check_fields(answer, PAGES).unverified == ("labs/0/value",)
@@ -85,7 +85,14 @@ def test_a_value_is_a_whole_quantity_of_its_row(value):
         ("2.5", "CRP -2.5 mg/L", "missing"),
         ("-2.5", "CRP -2.5 mg/L", "verified"),
         ("10", "CRP lO mg/L", "similar"),
-        ("8.4", "CRP 8,4 mg/L", "similar"),
+        ("8.4", "CRP 8,4 mg/L", "same"),
+        ("8.40", "CRP 8.4 mg/L", "same"),
+        ("1200", "CRP 1,200 mg/L", "same"),
+        ("1.2", "CRP 1,200 mg/L", "missing"),
+        ("1.200", "CRP 1,200 mg/L", "similar"),
+        (">=60", "CRP \u2265 60 mg/L", "same"),
+        ("60", "CRP \u2265 60 mg/L", "missing"),
+        ("8.4", "CRP 9.1 mg/L\nK 8,4", "elsewhere"),
         ("58", "CRP 5 8 mg/L", "similar"),
         ("2", "CRP mg/L\n2. Sodium", "missing"),
     ],
@@ -119,6 +126,30 @@ def test_two_columns_do_not_stand_between():
 def test_abbreviations_are_read_as_the_rules_read_them():
     fields = Fields(medications=[Medication("Digoxin", route="PO")], vitals=[Vital("SpO2", "98")])
     assert set(statuses(fields, "Digoxin P0\nSp02 98").values()) == {"verified"}
+
+
+@pytest.mark.parametrize(
+    ("row", "page", "other"),
+    [
+        (Lab("Ferritin", "8", unit="ng/mL"), "Ferritin 8 \u00b5g/L", "unit"),
+        (Lab("WBC", "8", unit="10^9/L"), "WBC 8 x10\u2079/L", "unit"),
+        (Lab("WBC", "8", unit="K/uL"), "WBC 8 (10^9/L)", "unit"),
+        (Lab("WBC", "8", flag="H"), "WBC 8 high", "flag"),
+        (Lab("Hemoglobin", "8"), "Hgb 8", "name"),
+        (Medication("Drug", frequency="twice daily"), "Drug BID", "frequency"),
+        (Medication("Drug", frequency="Q6H"), "Drug every 6 hours", "frequency"),
+        (Medication("Drug", "25", "mcg"), "Drug 25\u00b5g", "unit"),
+        (Medication("Drug", route="PO"), "Drug by mouth", "route"),
+    ],
+)
+def test_other_spellings_of_the_same_are_verified(row, page, other):
+    section = "labs" if isinstance(row, Lab) else "medications"
+    evidence = check_fields(Fields(**{section: [row]}), [words_of(page)])
+    found = {value.path: value.status for value in evidence.values}
+    assert found.pop(f"{section}/0/{other}") == "same"
+    assert set(found.values()) == {"verified"}
+    assert evidence.unverified == ()
+    assert evidence.warnings == ()
 
 
 def test_an_age_is_no_number_of_somewhere_else():
