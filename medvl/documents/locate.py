@@ -10,7 +10,14 @@ from typing import Literal
 from attrs import evolve, field, frozen
 
 from medvl.documents.fields import Fields, leaves
-from medvl.documents.quantities import EVERY_HOURS, medical_terms, parse_quantity, same_number, same_unit
+from medvl.documents.quantities import (
+    EVERY_HOURS,
+    is_listed,
+    medical_terms,
+    parse_quantity,
+    same_number,
+    same_unit,
+)
 from medvl.documents.words import Box, Word, join_boxes, lines_of, part_of_box
 
 Spelling = Literal["exact", "same", "similar"]
@@ -115,7 +122,7 @@ def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, 
     def take(path: str, record: str, only_with_name: bool = False) -> None:
         free = [] if path in best else _untaken(matches[path], taken)
         if only_with_name:
-            free = _best_spelled([match for match in free if _is_with_name(path, match, anchors)])
+            free = _best_spelled([match for match in free if _is_with_name(text, path, match, anchors)])
         if free:
             best[path] = min(free, key=lambda match: _distance(anchors[record], match))
             taken.update(range(best[path].start, best[path].stop))
@@ -163,11 +170,11 @@ def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, 
             equal = [other for other in located if values[other] == values[path]]
             ordered = sorted((best[other] for other in equal), key=lambda match: match.start)
             match = ordered[equal.index(path)]
-            places[path] = evolve(match.place, is_with_name=_is_with_name(path, match, anchors))
+            places[path] = evolve(match.place, is_with_name=_is_with_name(text, path, match, anchors))
     return places
 
 
-def _is_with_name(path: str, match: _Match, anchors: Mapping[str, _Match]) -> bool:
+def _is_with_name(text: _Pages, path: str, match: _Match, anchors: Mapping[str, _Match]) -> bool:
     """Whether a value stands on the line of its record's name or wrapped below, and no other name between them.
 
     Names in another column of the page, left of this one or right of the value, are not between. Age and sex of a
@@ -193,7 +200,22 @@ def _is_with_name(path: str, match: _Match, anchors: Mapping[str, _Match]) -> bo
         is_between = first.start < between.start < last.start and left <= between.place.box[0] < right
         if is_between and other.startswith(_NAMED):
             return False
-    return True
+    # Nor an entry that the answer leaves out.
+    if down == 0 and ";" in text.text[anchor.stop : match.start]:
+        return False
+    words = range(text.places[anchor.stop][0], text.places[match.start][0])
+    return not any(_begins_entry(text, word, anchor) for word in words)
+
+
+def _begins_entry(text: _Pages, number: int, name: _Match) -> bool:
+    """Whether a word below a name stands at its left edge, with a capital (pH, eGFR), and is no value such as PO or BID."""
+    word = text.words[number]
+    if text.lines[number] == name.line or abs(word.box[0] - name.place.box[0]) > _height(name):
+        return False
+    letters = word.text.strip(".,;:()")
+    return letters[:2].casefold() != letters[:2] and not any(
+        is_listed(letters, kind) for kind in ("routes", "frequencies")
+    )
 
 
 def _untaken(matches: Sequence[_Match], taken: set[int]) -> list[_Match]:

@@ -114,6 +114,28 @@ def test_wrapped_and_running_entries_belong_to_the_name_before_them():
     assert [path for path in found if found[path] != "verified"] == ["medications/0/dose"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "page"),
+    [
+        (Lab("ALT", "41"), "ALT   23   U/L\nAST   41   U/L"),
+        (Lab("BUN", "70"), "BUN   23   mg/dL\neGFR  70   mL/min"),
+        (Medication("Baclofen", "25"), "Baclofen 10 mg PO TID; Digoxin 25 mg PO QD"),
+        (Medication("Baclofen", "25"), "1. Baclofen 10 mg\n2. Digoxin 25 mg"),
+    ],
+)
+def test_the_number_of_a_row_that_the_answer_leaves_out(answer, page):
+    section = "labs" if isinstance(answer, Lab) else "medications"
+    found = statuses(Fields(**{section: [answer]}), page)
+    assert [status for path, status in found.items() if not path.endswith("/name")] == ["elsewhere"]
+
+
+def test_what_is_wrapped_is_of_the_row():
+    fields = Fields(
+        medications=[Medication("Insulin", "24", "units", "SC", "QHS"), Medication("Baclofen", "10", "mg")]
+    )
+    assert set(statuses(fields, "Insulin 24 units\nSC QHS\nBaclofen\n10 mg").values()) == {"verified"}
+
+
 def test_two_columns_do_not_stand_between():
     text = "Diagnoses            HR        72\nGout                 Weight\nHeparin 5000 units   126.7 kg"
     fields = Fields(
