@@ -25,8 +25,9 @@ def schema_grammar(tok: Any, vocabulary: int, end: Sequence[int]) -> Callable[[M
 
     The result is kept, as it takes seconds to make: `mask = grammar(schema)` takes milliseconds. A mask is of
     one answer, of one row (`sampling.allow_rows` joins those of a batch), and is asked for its steps in order. Behind
-    the whole document only end tokens are allowed. Documents are compact (but for a space that may come first) and bounded as `bounded_schema` says;
-    names of objects come in the order of the schema. Where max_tokens ends an answer its JSON is not complete.
+    the whole document only end tokens are allowed. Documents are compact, but for a space that may come first, and
+    bounded as `bounded_schema` says; names of objects come in the order of the schema. Where max_tokens ends an
+    answer its JSON is not complete.
 
     Args:
         tok: fast tokenizer of Hugging Face on bytes (byte-level, or with byte fallback).
@@ -41,14 +42,13 @@ def schema_grammar(tok: Any, vocabulary: int, end: Sequence[int]) -> Callable[[M
     import llguidance
 
     tokenizer = _byte_tokenizer(tok, vocabulary, end)
-    # Their messages would hold the answer, and at a level above 0 they are printed.
-    limits = llguidance.LLParserLimits(verbose_errors=False)
     ends = {*end}
 
     def grammar(schema: Mapping[str, Any]) -> Allowed:
         bounded = bounded_schema(schema) | {"x-guidance": _OPTIONS}
         text = llguidance.LLMatcher.grammar_from_lark(_GRAMMAR.format(schema=json.dumps(bounded)))
-        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+        # At a level above 0 it prints errors, which hold the answer.
+        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0)
         # Schemas that no document fits show here at the latest.
         matcher.compute_bitmask()
         if matcher.is_error():
@@ -126,6 +126,4 @@ def _without_prefix(part: Any) -> Any:
             part[key] = [_without_prefix(p) for p in part[key] if p["type"] not in ("Prepend", "Strip")]
     if "add_prefix_space" in part:
         part["add_prefix_space"] = False
-    if "prepend_scheme" in part:
-        part["prepend_scheme"] = "never"
     return None if part["type"] in ("Prepend", "Strip") else part

@@ -179,8 +179,10 @@ def test_only_the_given_end_tokens_end(tok):
     mask = allowed(1, torch.tensor([[seven]]))
     assert mask.nonzero().flatten().tolist() == sorted([start, pad])
     # What comes behind the end, or is not allowed, has no meaning.
-    for step, token in ((2, pad), (3, 99)):
-        mask = allowed(step, torch.tensor([[seven, *[token] * (step - 1)]]))
+    ids = [seven]
+    for step, token in enumerate((pad, start, 99), 2):
+        ids.append(token)
+        mask = allowed(step, torch.tensor([ids]))
         assert mask.nonzero().flatten().tolist() == sorted([start, pad])
 
 
@@ -192,6 +194,17 @@ def test_one_space_may_come_first_and_no_other(tok, grammar):
     behind = allowed(1, torch.tensor([[space]]))
     assert not behind[space]
     assert {tok.decode([token])[0] for token in behind.nonzero().flatten().tolist()} == {"{"}
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_names_are_written_as_the_schema_has_them(lower):
+    """Though the tokenizer would make others of them: spaces, a letter of two characters, capitals."""
+    tok = tokens.train_bpe([LETTERS, "names  e\u0301 of Things"] * 3, 380, lower=lower)
+    names = [" Two  spaces ", "e\u0301", "CAPITALS"]
+    schema = {"type": "object", "properties": {name: {"const": " A "} for name in names}, "required": names}
+    text, ended = write(tok, schema_grammar(tok, VOCABULARY, [END])(schema), random_logits(0))
+    assert ended
+    assert json.loads(text) == dict.fromkeys(names, " A ")
 
 
 def test_rows_of_a_batch_have_schemas_of_their_own(tok, capfd):
