@@ -117,14 +117,24 @@ def file_lock(path: PathLike, *, wait: bool = False, shared: bool = False) -> It
 
     Args:
         wait: until the other process is done, which a warning says.
-        shared: several processes may hold a shared lock together, but none beside one that is not shared.
+        shared: several processes may hold a shared lock together, but none beside one that is not shared. Where this
+            process may not write, it reads without a lock.
     Raises:
         ValueError: another process is writing to it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    handle = _acquire(lock, path, wait, shared)
+    try:
+        handle = _acquire(lock, path, wait, shared)
+    except OSError as e:
+        # A place that is mounted read-only, or not ours to write: it is only read, and others cannot be kept away.
+        if not shared or e.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        handle = -1
+    if handle < 0:
+        yield
+        return
     try:
         # Whoever holds the lock alone knows that no other process is writing these files.
         if not shared:

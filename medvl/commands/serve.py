@@ -52,6 +52,11 @@ def serve(
         raise ValueError(f"{_MISSING} ({e.name} is missing)") from e
     backend = make_backend(cfg)
     app = make_app(backend)
+    if not cfg.keys and not _is_local(cfg.host):
+        print(
+            f"warning: anybody who reaches {cfg.host} may ask; give --keys, or listen at 127.0.0.1",
+            flush=True,
+        )
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -63,6 +68,10 @@ def serve(
     )
     with _bound(cfg.host, cfg.port) as bound:
         asyncio.run(_run(server, backend, bound))
+
+
+def _is_local(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -89,6 +98,8 @@ async def _run(server: Any, backend: Any, bound: socket.socket) -> None:
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.05)
+    if serving.done():
+        await serving  # why it could not start
     print(f"listening at http://{host}:{port} (research use, not for diagnosis); loading ...", flush=True)
     loading = asyncio.create_task(backend.wait_ready())
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ def check_reader() -> None:
 @functools.cache
 def _reader() -> Any:
     """The networks, loaded once."""
+    # From 1.29 on onnxruntime tells Microsoft of its models and machines unless this is set before it is loaded; pages of
+    # patients are read where nothing may leave the house.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         from rapidocr import RapidOCR
     except ImportError as e:

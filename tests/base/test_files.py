@@ -1,6 +1,7 @@
 """Places that are tried before work is done, folders that are read whole, and tables that are read right or refused."""
 
 import csv
+import errno
 import os
 import re
 import resource
@@ -271,3 +272,17 @@ def test_one_process_writes_a_folder_and_what_a_killed_one_left_is_removed(place
             pass
     assert [path.name for path in (place / "new").iterdir()] == ["file"]
     assert not [*place.glob(".*")]
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+def test_a_place_that_is_only_read_needs_no_lock(tmp_path, monkeypatch, error):
+    """A run on a read-only mount is served; who would write there is told."""
+
+    def refuse(*arguments):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    with files.file_lock(tmp_path / "run", shared=True):
+        pass
+    with pytest.raises(OSError, match=os.strerror(error)), files.file_lock(tmp_path / "run"):
+        pass

@@ -1,5 +1,7 @@
 """The words that rapidocr reads on pages that are drawn here."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -134,3 +136,15 @@ def test_a_page_is_read_once(tmp_path, monkeypatch):
         path.write_text('[["8.4", [1, 2, 3]]]')
     with pytest.raises(ValueError, match="remove it, the page will be read again"):
         module.read_page_once(page, tmp_path)
+
+
+def test_reading_writes_nothing_and_tells_nobody(tmp_path):
+    """onnxruntime keeps a queue of events for its maker in the home folder, unless it is told not to."""
+    code = (
+        "import os; os.environ.pop('CI', None)\n"  # there it is silent anyway
+        "from PIL import Image; from medvl.documents.read_page import read_page\n"
+        "read_page(Image.new('RGB', (300, 200), 'white'))\n"
+    )
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **home}, check=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
