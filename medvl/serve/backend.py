@@ -35,6 +35,36 @@ class Backend:
     rooms: dict[str, Worker]  # by the first part of their routes: "ct", "slides", "unified"
     workers: list[Worker] = field(factory=list)  # all of them
     is_closing: bool = False
+    _suspects: asyncio.Lock = field(
+        factory=asyncio.Lock
+    )  # held while a file is opened that may have ended the opener
+
+    async def open_files(self, call: str, contents: Sequence[bytes], wish: Any) -> list[list[Any]]:
+        """The pages of each file.
+
+        A file may end the process that opens it, and with it the calls of others, which wait there. Those are opened
+        again one by one, so that the file that did it is alone the second time.
+
+        Raises:
+            Refused: as `uploads.open_uploads`; 400 for files that end the process.
+        """
+        arguments = {"contents": list(contents), "chosen": wish.pages, "window": wish.window}
+        try:
+            return await self.opener.call(call, "open", wish.deadline_s, **arguments)
+        except Refused as e:
+            if e.status != 502:
+                raise
+        async with self._suspects:
+            for _ in range(2):  # twice, as another that came meanwhile may do it, too
+                await asyncio.wait_for(self.opener.wait_ready(), wish.deadline_s)
+                try:
+                    return await self.opener.call(call, "open", wish.deadline_s, **arguments)
+                except Refused as e:
+                    if e.status != 502:
+                        raise
+        raise Refused(
+            400, "a file cannot be opened: it ends its decoder, or takes too long or too much memory"
+        )
 
     async def read_pages(self, call: str, images: Sequence[Any], deadline_s: float) -> list[Any]:
         """The words of pages, each read by the process that has least to do."""

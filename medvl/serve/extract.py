@@ -70,10 +70,7 @@ async def open_files(
     Raises:
         Refused: as `uploads.open_uploads`.
     """
-    window = wish.window
-    opened = await backend.opener.call(
-        call, "open", wish.deadline_s, contents=list(contents), chosen=wish.pages, window=window
-    )
+    opened = await backend.open_files(call, contents, wish)
     pages, images = [], []
     for file, of_file in enumerate(opened):
         for place, image in enumerate(of_file):

@@ -4,6 +4,7 @@ Each function runs in a process of its own, since decoders of pictures may crash
 """
 
 import io
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from medvl.serve import uploads
 from medvl.serve.uploads import Limits
 from medvl.serve.worker import Calls
 
+_OPEN_S = 30  # seconds in which the files of a request must be open
 _PICTURE_PIXELS = 1600  # on the longer side of the picture of a page
 _LISTS = ("diagnoses", "medications", "labs", "vitals", "procedures")
 
@@ -43,7 +45,12 @@ def open_opener(
     def open_files(
         contents: Sequence[bytes], chosen: Sequence[int] = (), window: tuple[float, float] | None = None
     ) -> list[list[Image.Image]]:
-        return uploads.open_uploads(contents, limits, chosen, window=window)
+        # A decoder that hangs in C sees no Python exception: the signal, which nobody handles, ends the process.
+        signal.alarm(_OPEN_S)
+        try:
+            return uploads.open_uploads(contents, limits, chosen, window=window)
+        finally:
+            signal.alarm(0)
 
     # Where no readers run, answers become fields here.
     checks: dict[str, Callable[..., Any]] = {"check": check_answers, "check_json": check_json}

@@ -456,3 +456,48 @@ def test_how_a_model_was_made_is_told_without_folders(tmp_path):
         {"name": run.name, "card": "", "record": record},
         {"name": "model", "card": "# A card", "record": {}},
     ]
+
+
+def test_a_file_that_ends_its_decoder_is_refused_and_disturbs_no_other():
+    """A PDF of 2 KB that unpacks to more memory than its process may take, and pages beside it."""
+    with toy_service.running(opener_mib=700) as service:
+        answers = {}
+
+        def ask(name, content):
+            with toy_service.client(service) as client:
+                answers[name] = client.post("/analyze", files={"file": content}, data={"max_tokens": "5"})
+
+        jobs = [("bomb", memory_bomb())] + [(str(i), png(30 + i, 20)) for i in range(6)]
+        threads = [threading.Thread(target=ask, args=job) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers.pop("bomb").status_code in (400, 413)
+        assert {answer.status_code for answer in answers.values()} == {200}, [
+            a.text for a in answers.values()
+        ]
+        ask("after", png())
+        assert answers["after"].status_code == 200
+
+
+def memory_bomb():
+    """A PDF whose only stream is zeros, deflated twice."""
+    stream = zlib.compress(zlib.compress(bytes(2**30), 9), 9)
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Contents 4 0 R >>",
+        b"<< /Length %d /Filter [/FlateDecode /FlateDecode] >>\nstream\n%s\nendstream"
+        % (len(stream), stream),
+    ]
+    body, places = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, 1):
+        places.append(len(body))
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return (
+        body
+        + b"xref\n0 5\n0000000000 65535 f \n%strailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF"
+        % (table, len(body))
+    )

@@ -17,7 +17,8 @@ from medvl.serve.worker import LocalEngine, Worker
 class Running:
     """A service that listens."""
 
-    def __init__(self, cfg, rows, opener, readers):
+    def __init__(self, cfg, rows, opener, readers, opener_mib):
+        self.opener_mib = opener_mib
         self.cfg, self.rows, self.opener_of, self.reader_openers = cfg, rows, opener, readers
         self.address = ""
         self.backend = None
@@ -26,7 +27,9 @@ class Running:
 
     async def _main(self):
         readers = [Worker(f"reader {i}", name) for i, name in enumerate(self.reader_openers)]
-        opener = Worker("opener", "medvl.serve.pages:open_opener", self.cfg.limits, 0, most=self.cfg.queue)
+        opener = Worker(
+            "opener", "medvl.serve.pages:open_opener", self.cfg.limits, self.opener_mib, most=self.cfg.queue
+        )
         workers = [opener, *readers]
         if self.cfg.engine:
             engine = remote_engine(self.cfg.engine, model=self.cfg.engine_model)
@@ -62,9 +65,9 @@ class Running:
 
 
 @contextmanager
-def running(rows=8, opener="tests.serve.served_toy:open_service", readers=(), **settings):
+def running(rows=8, opener="tests.serve.served_toy:open_service", readers=(), opener_mib=0, **settings):
     """A service with settings of `ServeConfig`."""
-    service = Running(ServeConfig(port=0, **settings), rows, opener, readers)
+    service = Running(ServeConfig(port=0, **settings), rows, opener, readers, opener_mib)
     service._thread.start()
     assert service._listening.wait(60)
     try:
