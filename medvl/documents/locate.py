@@ -12,6 +12,7 @@ from attrs import evolve, field, frozen
 from medvl.documents.fields import Fields, leaves
 from medvl.documents.quantities import (
     EVERY_HOURS,
+    find_key,
     is_listed,
     medical_terms,
     parse_quantity,
@@ -34,6 +35,7 @@ _SHARE = 0.8  # of a long text that must be on the page
 _PAGE_GAP = 100  # lines between two pages: what stands on another page is far away
 _WRAPPED = 3  # lines below its name on which a value may stand
 _HEADER = 6  # lines from a patient's name or number to age and sex
+_LABELS = ("dose", "unit", "route", "frequency", "value", "range", "low", "high", "flag")  # not of a name
 _NAMED = ("medications/", "labs/", "vitals/")  # records whose values stand beside their name
 
 
@@ -208,14 +210,14 @@ def _is_with_name(text: _Pages, path: str, match: _Match, anchors: Mapping[str, 
 
 
 def _begins_entry(text: _Pages, number: int, name: _Match) -> bool:
-    """Whether a word below a name stands at its left edge, with a capital (pH, eGFR), and is no value such as PO or BID."""
+    """Whether a word below a name stands at its left edge, with a capital (pH, eGFR), and is neither a label ("Dose:")
+    nor a value (PO, BID)."""
     word = text.words[number]
     if text.lines[number] == name.line or abs(word.box[0] - name.place.box[0]) > _height(name):
         return False
     letters = word.text.strip(".,;:()")
-    return letters[:2].casefold() != letters[:2] and not any(
-        is_listed(letters, kind) for kind in ("routes", "frequencies")
-    )
+    is_value = any(is_listed(letters, kind) for kind in ("routes", "frequencies"))
+    return letters[:2].casefold() != letters[:2] and not is_value and not find_key(letters, _LABELS, "titles")
 
 
 def _untaken(matches: Sequence[_Match], taken: set[int]) -> list[_Match]:

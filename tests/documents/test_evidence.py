@@ -136,6 +136,19 @@ def test_what_is_wrapped_is_of_the_row():
     assert set(statuses(fields, "Insulin 24 units\nSC QHS\nBaclofen\n10 mg").values()) == {"verified"}
 
 
+def test_values_below_their_names():
+    """Names as titles of columns, and values with labels on lines of their own."""
+    text = "BP        HR    RR    Temp\n120/80    72    16    37.2"
+    rows = [Vital("BP", "120/80"), Vital("HR", "72"), Vital("RR", "16"), Vital("Temp", "37.2")]
+    assert set(statuses(Fields(vitals=rows), text).values()) == {"verified"}
+    rows[1:3] = [Vital("HR", "16"), Vital("RR", "72")]
+    found = statuses(Fields(vitals=rows), text)
+    assert [path for path in found if found[path] == "elsewhere"] == ["vitals/1/value", "vitals/2/value"]
+    text = "Metformin\nDose: 500 mg\nRoute: PO\nFrequency: BID\nDigoxin\nDose: 0.25 mg"
+    rows = [Medication("Metformin", "500", "mg", "PO", "BID"), Medication("Digoxin", "0.25", "mg")]
+    assert set(statuses(Fields(medications=rows), text).values()) == {"verified"}
+
+
 def test_two_columns_do_not_stand_between():
     text = "Diagnoses            HR        72\nGout                 Weight\nHeparin 5000 units   126.7 kg"
     fields = Fields(
