@@ -6,8 +6,9 @@ JSON schema, and reads a user's own. `quantities`
 compares numbers, units, flags and terms, and `score` answers with pages.
 
 `words` has the words of a page with their boxes, as lines in reading order and as text for prompts; `read_page`
-reads them from an image (OCR). `rules` makes fields of words, and `locate` finds the place of every value among
-them; `evidence` says which values of an answer the pages show, and which contradict each other.
+reads them from an image (OCR). `rules` makes fields of words. `page_search` finds texts among them, `locate` the place
+of every value of a record, and `evidence` says which values of an answer the pages show, and which contradict
+each other.
 
 `redact` blacks out what tells who a page is about, `redact_dicom` also the header of a DICOM file.
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from attrs import asdict, evolve, field, frozen
 
 from medvl.documents.fields import Fields, Lab, Vital, leaves
-from medvl.documents.locate import Place, find_on_pages
+from medvl.documents.locate import find_on_pages
+from medvl.documents.page_search import Place
 from medvl.documents.quantities import find_quantities, normalise_flag, parse_quantity, same_unit
 from medvl.documents.rules import repair_word
 from medvl.documents.words import Box, Word
