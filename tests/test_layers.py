@@ -24,9 +24,14 @@ DOORS = {  # a heavy package, and the only files that import it
     "rapidocr": ("documents/read_page.py",),
     "prometheus_client": ("serve/metrics.py",),
     "uvicorn": ("commands/serve.py",),
-    **dict.fromkeys(("fastapi", "starlette", "pydantic"), tuple(f"serve/{name}.py" for name in HTTP)),
+    **dict.fromkeys(("fastapi", "pydantic"), tuple(f"serve/{name}.py" for name in HTTP)),
+    "starlette": tuple(f"serve/{name}.py" for name in (*HTTP, "ui")),
+    "gradio": ("serve/ui.py", "serve/ui_tabs.py"),
     "llguidance": ("language/json_schema.py",),
-    "httpx": ("serve/remote.py",),
+    "httpx": (
+        "serve/remote.py",
+        "serve/ui_client.py",
+    ),
 }
 ROOT = Path(__file__).resolve().parents[1]
 

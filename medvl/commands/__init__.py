@@ -5,5 +5,5 @@ print.
 (preprocess, split, embed, classify), `data` (`invoke data`, `invoke conversations`), `slides` (check, pack),
 `vqgan` and `plugins` (convert), `pictures` (`invoke draw`), `registries` (`invoke adapters`: build, add, list,
 show), `pipeline` (all steps from a model to a report), `redact` (pages and DICOM files without names), `serve` (the
-HTTP service).
+HTTP service), `ui` (the page to look at it).
 """

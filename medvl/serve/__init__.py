@@ -9,4 +9,7 @@ reads and checks them, and `rooms` are the systems that are no language model. `
 `api` is the service over a backend, `http` what every request goes through (size, key, id, errors, log), `forms` how
 requests are read, `responses` what they and answers look like, `site` what the routes share and `metrics` what is
 counted. The routes are in `page_routes`, `chat_routes` (OpenAI's API) and `room_routes`.
+
+`ui` is a page in the browser over that service with the tabs of `ui_tabs`; it asks by `ui_client`, and `ui_html` writes
+what it shows. It runs in an environment of its own, and nothing of it loads torch.
 """

@@ -17,8 +17,8 @@ from medvl.serve.worker import LocalEngine, Worker
 class Running:
     """A service that listens."""
 
-    def __init__(self, cfg, rows, opener, readers, opener_mib):
-        self.opener_mib = opener_mib
+    def __init__(self, cfg, rows, opener, readers, opener_mib, rooms):
+        self.opener_mib, self.room_openers = opener_mib, rooms
         self.cfg, self.rows, self.opener_of, self.reader_openers = cfg, rows, opener, readers
         self.address = ""
         self.backend = None
@@ -30,7 +30,8 @@ class Running:
         opener = Worker(
             "opener", "medvl.serve.pages:open_opener", self.cfg.limits, self.opener_mib, most=self.cfg.queue
         )
-        workers = [opener, *readers]
+        rooms = {name: Worker(name, opener_of) for name, opener_of in self.room_openers.items()}
+        workers = [opener, *readers, *rooms.values()]
         if self.cfg.engine:
             engine = remote_engine(self.cfg.engine, model=self.cfg.engine_model)
         else:
@@ -43,7 +44,7 @@ class Running:
             model="toy",
             opener=opener,
             readers=readers,
-            rooms={},
+            rooms=rooms,
             workers=workers,
         )
         config = uvicorn.Config(
@@ -65,9 +66,15 @@ class Running:
 
 
 @contextmanager
-def running(rows=8, opener="tests.serve.served_toy:open_service", readers=(), opener_mib=0, **settings):
-    """A service with settings of `ServeConfig`."""
-    service = Running(ServeConfig(port=0, **settings), rows, opener, readers, opener_mib)
+def running(
+    rows=8, opener="tests.serve.served_toy:open_service", readers=(), opener_mib=0, rooms=None, **settings
+):
+    """A service with settings of `ServeConfig`.
+
+    Args:
+        rooms: by the first part of their routes: names of functions that open them.
+    """
+    service = Running(ServeConfig(port=0, **settings), rows, opener, readers, opener_mib, rooms or {})
     service._thread.start()
     assert service._listening.wait(60)
     try:
