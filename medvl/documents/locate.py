@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from attrs import evolve
+from attrs import define, evolve, field
 
 from medvl.documents.fields import Fields, leaves
 from medvl.documents.page_search import Match, PageText, Place, find_value, join_pages
@@ -45,66 +45,92 @@ def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, 
     text = join_pages(pages)
     values = leaves(fields)
     matches = {path: find_value(text, path, value) for path, value in values.items()}
-    records: dict[str, list[str]] = {}
-    for path in matches:
-        records.setdefault(path.rpartition("/")[0], []).append(path)
-    taken = set[int]()  # characters
-    best = dict[str, Match]()
-    anchors = dict[str, Match]()
+    search = _Search(text, values, matches)
+    search.settle_all()
+    # The values of a name before those that another one may claim.
+    for record in search.anchors:
+        for path in search.records[record]:
+            search.take(path, only_with_name=True)
+    for record, paths in search.records.items():
+        if record not in search.anchors:
+            search.settle(record)
+        for path in paths:
+            search.take(path)
+    return {path: search.place(path) for path in values}
 
-    def take(path: str, record: str, only_with_name: bool = False) -> None:
-        free = [] if path in best else _untaken(matches[path], taken)
-        if only_with_name:
-            free = _best_spelled([match for match in free if _is_with_name(text, path, match, anchors)])
-        if free:
-            best[path] = min(free, key=lambda match: _distance(anchors[record], match))
-            taken.update(range(best[path].start, best[path].stop))
 
-    def settle(record: str, lines: Collection[int] = ()) -> None:
+@define
+class _Search:
+    """Where the values of an answer stand, as far as it is known."""
+
+    text: PageText
+    values: Mapping[str, str]
+    matches: Mapping[str, list[Match]]
+    records: dict[str, list[str]] = field(factory=dict)  # paths of each record
+    anchors: dict[str, Match] = field(factory=dict)  # where a record stands: its name, if that was found
+    chosen: dict[str, Match] = field(factory=dict)
+    taken: set[int] = field(factory=set)  # characters
+
+    def __attrs_post_init__(self) -> None:
+        for path in self.values:
+            self.records.setdefault(_record_of(path), []).append(path)
+
+    def settle_all(self) -> None:
+        """Choose where each record stands, and take the values of those without names."""
+        nameless = list[str]()
+        # Running text first: a diagnosis that it states stands elsewhere, too.
+        for record, paths in sorted(self.records.items(), key=lambda item: item[1] != ["text"]):
+            if record.startswith(_NAMED) and not self.matches.get(f"{record}/name"):
+                nameless.append(record)
+                continue
+            self.settle(record)
+            if record in self.anchors and not record.startswith(_NAMED):
+                # Long ones first: the 21 of a date is no age.
+                for path in sorted(paths, key=lambda path: -len(self.values[path])):
+                    self.take(path, only_with_name=True)
+        # An entry that is made up must not take the values of a line that has a name.
+        lines = {anchor.line for record, anchor in self.anchors.items() if record.startswith(_NAMED)}
+        for record in nameless:
+            self.settle(record, lines)
+
+    def settle(self, record: str, lines: Collection[int] = ()) -> None:
         """Choose where a record stands, on none of some lines, and take the value there."""
         free = {}
-        for path in records[record]:
-            left = _untaken(matches[path], taken)
+        for path in self.records[record]:
+            left = _untaken(self.matches[path], self.taken)
             free[path] = [match for match in left if match.line not in lines]
-        path, anchor = _choose_anchor(free, next(reversed(anchors.values()), None))
+        path, anchor = _choose_anchor(free, next(reversed(self.anchors.values()), None))
         if anchor is not None:
-            anchors[record] = anchor
-            take(path, record)
+            self.anchors[record] = anchor
+            self.take(path)
 
-    # Running text first: a diagnosis that it states stands elsewhere, too.
-    nameless = list[str]()
-    for record, paths in sorted(records.items(), key=lambda item: item[1] != ["text"]):
-        if record.startswith(_NAMED) and not matches.get(f"{record}/name"):
-            nameless.append(record)
-            continue
-        settle(record)
-        if record in anchors and not record.startswith(_NAMED):
-            # Long ones first: the 21 of a date is no age.
-            for path in sorted(paths, key=lambda path: -len(values[path])):
-                take(path, record, only_with_name=True)
-    # An entry that is made up must not take the values of a line that has a name.
-    lines = {anchor.line for record, anchor in anchors.items() if record.startswith(_NAMED)}
-    for record in nameless:
-        settle(record, lines)
-    for record in anchors:
-        for path in records[record]:
-            take(path, record, only_with_name=True)
-    for record, paths in records.items():
-        if record not in anchors:
-            settle(record)
-        for path in paths:
-            take(path, record)
+    def take(self, path: str, only_with_name: bool = False) -> None:
+        """Choose the match of a value, if it has none: the nearest that no other value has taken."""
+        free = [] if path in self.chosen else _untaken(self.matches[path], self.taken)
+        if only_with_name:
+            with_name = [match for match in free if _is_with_name(self.text, path, match, self.anchors)]
+            free = _best_spelled(with_name)
+        if free:
+            anchor = self.anchors[_record_of(path)]
+            self.chosen[path] = min(free, key=lambda match: _distance(anchor, match))
+            self.taken.update(range(self.chosen[path].start, self.chosen[path].stop))
 
-    places: dict[str, Place | None] = dict.fromkeys(matches)
-    for record in anchors:
-        located = [path for path in records[record] if path in best]
-        for path in located:
-            # Equal values ("6.0 mg/dL, 6.0-8.3") in the order in which a page names them.
-            equal = [other for other in located if values[other] == values[path]]
-            ordered = sorted((best[other] for other in equal), key=lambda match: match.start)
-            match = ordered[equal.index(path)]
-            places[path] = evolve(match.place, is_with_name=_is_with_name(text, path, match, anchors))
-    return places
+    def place(self, path: str) -> Place | None:
+        """The place of a value; equal ones of a record ("6.0 mg/dL, 6.0-8.3") in the order in which a page names them."""
+        if path not in self.chosen:
+            return None
+        equal = []
+        for other in self.records[_record_of(path)]:
+            if other in self.chosen and self.values[other] == self.values[path]:
+                equal.append(other)
+        ordered = sorted((self.chosen[other] for other in equal), key=lambda match: match.start)
+        match = ordered[equal.index(path)]
+        is_with_name = _is_with_name(self.text, path, match, self.anchors)
+        return evolve(match.place, is_with_name=is_with_name)
+
+
+def _record_of(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _is_with_name(text: PageText, path: str, match: Match, anchors: Mapping[str, Match]) -> bool:

@@ -78,36 +78,13 @@ def make_bundle(
             "make_bundle: made_at must have a time zone, got none; use datetime.now(timezone.utc)"
         )
     content = f"{request}\n{fields_to_json(fields)}\n".encode("ascii", "backslashreplace").decode()
-    resources: dict[str, Json] = {"patient": _patient(fields.patient)}
-    for i, lab in enumerate(fields.labs):
-        resources[f"labs/{i}"] = _observation(lab, "laboratory")
-    for i, vital in enumerate(fields.vitals):
-        resources[f"vitals/{i}"] = _observation(vital, "vital-signs")
-    for i, medication in enumerate(fields.medications):
-        resources[f"medications/{i}"] = _medication(medication)
-    for i, diagnosis in enumerate(fields.diagnoses):
-        status = {"coding": [_coding("verificationStatus.coding", "unconfirmed")]}
-        condition = {"resourceType": "Condition", "verificationStatus": status}
-        resources[f"diagnoses/{i}"] = condition | {"code": _concept(diagnosis.name)}
-    for i, name in enumerate(fields.procedures):
-        resources[f"procedures/{i}"] = {
-            "resourceType": "Procedure",
-            "status": "unknown",
-            "code": _concept(name),
-        }
-    if _clean(fields.text):
-        resources["text"] = _document(fields)
 
     def url(part: str) -> str:
         return f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, content + part)}"
 
-    agent = {
-        "type": {"coding": [_coding("agent.type.coding", "assembler")]},
-        "who": {"type": "Device", "display": f"{software}, model {model}"},
-    }
     entries = list[Json]()
     provenances = list[Json]()
-    for path, resource in resources.items():
+    for path, resource in _resources(fields).items():
         values = _values_of(path, fields, evidence)
         warnings = [w.message for w in evidence.warnings if w.path == path or w.path.startswith(f"{path}/")]
         _mark(resource, [value for value in values if not value.verified], warnings)
@@ -122,24 +99,44 @@ def make_bundle(
             "resourceType": "Provenance",
             "target": [{"reference": url(path)}],
             "recorded": made_at.isoformat(),
-            "agent": [agent],
+            "agent": [
+                {
+                    "type": {"coding": [_coding("agent.type.coding", "assembler")]},
+                    "who": {"type": "Device", "display": f"{software}, model {model}"},
+                }
+            ],
             "entity": [entity],
         }
         entries.append({"fullUrl": url(path), "resource": resource})
         provenances.append({"fullUrl": url(f"provenance/{path}"), "resource": provenance})
-    bundle = _clean(
-        {
-            "resourceType": "Bundle",
-            "type": "collection",
-            "timestamp": made_at.isoformat(),
-            "entry": entries + provenances,
-        }
-    )
+    bundle = {"resourceType": "Bundle", "type": "collection", "timestamp": made_at.isoformat()}
+    bundle = _clean(bundle | {"entry": entries + provenances})
     check_bundle(bundle)
     return bundle
 
 
 # Resources --------------------------------------------------------------------------------------------------
+def _resources(fields: Fields) -> dict[str, Json]:
+    """The resources of fields by the path of their record, without subject."""
+    resources: dict[str, Json] = {"patient": _patient(fields.patient)}
+    for i, lab in enumerate(fields.labs):
+        resources[f"labs/{i}"] = _observation(lab, "laboratory")
+    for i, vital in enumerate(fields.vitals):
+        resources[f"vitals/{i}"] = _observation(vital, "vital-signs")
+    for i, medication in enumerate(fields.medications):
+        resources[f"medications/{i}"] = _medication(medication)
+    for i, diagnosis in enumerate(fields.diagnoses):
+        status = {"coding": [_coding("verificationStatus.coding", "unconfirmed")]}
+        condition = {"resourceType": "Condition", "verificationStatus": status}
+        resources[f"diagnoses/{i}"] = condition | {"code": _concept(diagnosis.name)}
+    for i, name in enumerate(fields.procedures):
+        procedure = {"resourceType": "Procedure", "status": "unknown"}
+        resources[f"procedures/{i}"] = procedure | {"code": _concept(name)}
+    if _clean(fields.text):
+        resources["text"] = _document(fields)
+    return resources
+
+
 def _patient(patient: Patient) -> Json:
     resource: Json = {"resourceType": "Patient"}
     printed = {"age": patient.age, "page-date": patient.date}
