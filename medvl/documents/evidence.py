@@ -5,6 +5,7 @@ Nothing here reads an image: words come from `read_page`, or from a PDF's own te
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from attrs import asdict, evolve, field, frozen
 
 from medvl.documents.fields import Fields, Lab, Vital, leaves
 from medvl.documents.locate import find_on_pages
-from medvl.documents.page_search import Place
+from medvl.documents.page_search import PageText, Place, find_value, join_pages
 from medvl.documents.quantities import find_quantities, normalise_flag, parse_quantity, same_unit
 from medvl.documents.rules import repair_word
 from medvl.documents.words import Box, Word
@@ -84,44 +85,43 @@ def check_fields(fields: Fields, pages: Sequence[Sequence[Word]]) -> Evidence:
     texts = leaves(fields)
     pages = [[repair_word(word) for word in words] for words in pages]
     places = find_on_pages(fields, pages)
-    values = tuple(_value(path, text, places[path], pages) for path, text in texts.items())
-    return Evidence(values=values, warnings=tuple(_warnings(fields, places)))
+    values = [_value(path, text, places[path]) for path, text in texts.items()]
+    if any(_is_unsure_text(value) for value in values):
+        printed = join_pages(pages)
+        for i, value in enumerate(values):
+            if _is_unsure_text(value):
+                values[i] = evolve(value, unshown=_unshown_numbers(value.text, printed))
+    return Evidence(values=tuple(values), warnings=tuple(_warnings(fields, places)))
 
 
-def _value(path: str, text: str, place: Place | None, pages: Sequence[Sequence[Word]]) -> Value:
-    status: Status = "missing"
-    if place:
-        found: dict[str, Status] = {"exact": "verified", "same": "same", "similar": "similar"}
-        status = found[place.spelling]
-        if status != "similar" and not place.is_with_name:
-            status = "elsewhere"
-    unshown: tuple[str, ...] = ()
-    if status not in ("verified", "same") and path.startswith(_FREE_TEXTS):
-        unshown = _unshown_numbers(text, pages)
+def _value(path: str, text: str, place: Place | None) -> Value:
     if place is None:
-        return Value(path=path, text=text, status=status, unshown=unshown)
-    return Value(
-        path=path,
-        text=text,
-        status=status,
-        page=place.page,
-        box=place.box,
-        score=place.score,
-        unshown=unshown,
-    )
+        return Value(path=path, text=text, status="missing")
+    found: dict[str, Status] = {"exact": "verified", "same": "same", "similar": "similar"}
+    status = found[place.spelling]
+    if status != "similar" and not place.is_with_name:
+        status = "elsewhere"
+    return Value(path=path, text=text, status=status, page=place.page, box=place.box, score=place.score)
 
 
-def _unshown_numbers(text: str, pages: Sequence[Sequence[Word]]) -> tuple[str, ...]:
+def _is_unsure_text(value: Value) -> bool:
+    return not value.verified and value.path.startswith(_FREE_TEXTS)
+
+
+def _unshown_numbers(text: str, printed: PageText) -> tuple[str, ...]:
     """Numbers of a text which no page shows between the word before and the word behind."""
     words = text.split()
-    phrases = {}
+    stated = Counter[str]()
+    unshown = []
     for i, word in enumerate(words):
         if re.search(r"\d", word):
-            phrases[i] = " ".join(words[max(0, i - 1) : i + 2])
-    places = find_on_pages(Fields(procedures=phrases.values()), pages)
-    shown = [place is not None and place.spelling == "exact" for place in places.values()]
-    numbers = [words[i].strip(".,;:()") for i in phrases]
-    return tuple(number for number, is_shown in zip(numbers, shown, strict=True) if not is_shown)
+            phrase = " ".join(words[max(0, i - 1) : i + 2])
+            stated[phrase] += 1
+            matches = find_value(printed, "text", phrase)
+            # As often as the text states it.
+            if sum(match.place.spelling == "exact" for match in matches) < stated[phrase]:
+                unshown.append(word.strip(".,;:()"))
+    return tuple(unshown)
 
 
 # Without the unverified -------------------------------------------------------------------------------------
