@@ -92,6 +92,7 @@ def _add_state(app: FastAPI, site: Site) -> None:
                 "state": worker.state,
                 "restarts": worker.restarts,
                 "calls": worker.pending,
+                "pid": worker.pid,
                 "resident_bytes": _resident_bytes(worker.pid),
                 **worker.info,
                 **worker.load,
