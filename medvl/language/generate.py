@@ -117,6 +117,11 @@ class Answer:
     ids: list[int] = field(factory=list)
     text: str = ""  # as far as it is certain
     reason: str = ""  # why the row is done, "" while it is not
+    # So far the text of tokens is known, so that not all of them are decoded for each new one: that of the first
+    # `_decoded` tokens; the last `_decoded - _anchor` of them are decoded again, before the new ones.
+    _known: str = ""
+    _decoded: int = 0
+    _anchor: int = 0
 
 
 def _write_until_rows_end(
@@ -170,23 +175,43 @@ def add_token(cfg: Sampling, tok: Any, answer: Answer, token: int, *, is_last: b
         answer.ids.append(token)
         if is_last:
             answer.reason = "length"
-    # Without stop strings and streaming the text is needed at the end only. All ids are decoded each time,
-    # which at every step would cost the square of the answer's length.
+    # Without stop strings and streaming the text is needed at the end only.
     if tok is not None and (answer.reason or cfg.stop or stream):
-        answer.text, answer.reason = _decode_certain(cfg, tok, answer.ids, answer.text, answer.reason)
+        # At the end all tokens at once, as whoever decodes an answer does.
+        text = _decode(tok, answer.ids) if answer.reason else _decode_new(tok, answer)
+        answer.text, answer.reason = _certain_text(cfg, text, answer.text, answer.reason)
 
 
 # Text -------------------------------------------------------------------------------------------------------
-def _decode_certain(cfg: Sampling, tok: Any, ids: list[int], before: str, reason: str) -> tuple[str, str]:
+def _decode(tok: Any, ids: Sequence[int]) -> str:
+    # Cleaning up would remove spaces that a caller has seen.
+    return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _decode_new(tok: Any, answer: Answer) -> str:
+    """The text of all tokens of an answer, of which only the last ones are decoded.
+
+    The new tokens are decoded behind some known ones, never alone: a character may span tokens, and sentencepiece
+    drops the first space of a text.
+    """
+    known = _decode(tok, answer.ids[answer._anchor : answer._decoded])
+    window = _decode(tok, answer.ids[answer._anchor :])
+    if not window.startswith(known):  # the new tokens change what is before them
+        return _decode(tok, answer.ids)
+    text = answer._known + window[len(known) :]
+    if not text.endswith(_PARTIAL):
+        answer._known, answer._anchor, answer._decoded = text, answer._decoded, len(answer.ids)
+    return text
+
+
+def _certain_text(cfg: Sampling, text: str, before: str, reason: str) -> tuple[str, str]:
     """The text of tokens as far as later tokens cannot change it, and the reason why the row is done (or "").
 
     Args:
+        text: of all tokens so far.
         before: the certain text of the tokens before.
         reason: why the row is done without regard to stop strings, or "".
     """
-    # All ids and not the new one alone: a character may span tokens, and sentencepiece drops the first space.
-    # Cleaning up would remove spaces that a caller has seen.
-    text = tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cuts = [text.index(stop) for stop in cfg.stop if stop in text]
     if cuts:
         text = text[: min(cuts)]

@@ -39,6 +39,7 @@ from medvl.weights import lazy
 
 _log = logging.getLogger(__name__)
 Emit = Callable[[str, Piece | End | Refused], None]  # (id of the request, what there is of its answer)
+_MASK_FAILED = -9  # in the place of a token, beside the negative numbers of `sampling.choose_tokens`
 _CONTEXT = 16384  # tokens, where nothing else is said: a page at 300 dpi has up to 11,000
 
 
@@ -302,17 +303,23 @@ class BatchEngine:
             row.first_token = row.first_token or time.monotonic()
             if token < 0:
                 answer.reason = "error"
-                self.emit(
-                    row.prepared.request.id,
-                    Refused(500, "the model's logits are not finite, or no token is allowed"),
-                )
+                self.emit(row.prepared.request.id, _failure(token))
                 continue
             row.token = token
             if row.used is not None:
                 row.used[token] = True
             before = len(answer.text)
             is_last = len(answer.ids) + 1 == cfg.max_tokens
-            generate.add_token(cfg, self.served.chat.tokenizer, answer, token, is_last=is_last, stream=True)
+            try:
+                generate.add_token(
+                    cfg, self.served.chat.tokenizer, answer, token, is_last=is_last, stream=True
+                )
+            except ValueError:  # a tokenizer whose texts cannot be told in pieces
+                answer.reason = "error"
+                self.emit(
+                    row.prepared.request.id, Refused(500, "the tokenizer's text cannot be told in pieces")
+                )
+                continue
             if answer.text[before:]:
                 self.emit(row.prepared.request.id, Piece(text=answer.text[before:]))
             if answer.reason:
@@ -321,15 +328,18 @@ class BatchEngine:
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> list[int]:
         """A token of each row; a negative number where none can be chosen."""
         groups: dict[tuple[float, int, float], list[int]] = {}
+        failed = list[int]()  # whose masks cannot be made
         for place, row in enumerate(rows):
             cfg = row.prepared.sampling
             groups.setdefault((cfg.temperature, cfg.top_k, cfg.top_p), []).append(place)
             if row.used is not None:
                 logits[place] = sampling.penalise_repetition(cfg, logits[place], row.used)
             if row.prepared.allowed is not None:
-                logits[place] = logits[place].masked_fill(
-                    ~self._mask(row.prepared.allowed, row.answer.ids), -torch.inf
-                )
+                mask = self._mask(row.prepared.allowed, row.answer.ids)
+                if mask is None:
+                    failed.append(place)
+                else:
+                    logits[place] = logits[place].masked_fill(~mask, -torch.inf)
         chosen = [0] * len(rows)
         for places in groups.values():
             draws = torch.stack([rows[place].draws[len(rows[place].answer.ids)] for place in places])
@@ -337,17 +347,24 @@ class BatchEngine:
             tokens = sampling.choose_tokens(rows[places[0]].prepared.sampling, some, draws)
             for place, token in zip(places, tokens.tolist(), strict=True):
                 chosen[place] = token
+        for place in failed:
+            chosen[place] = _MASK_FAILED
         return chosen
 
-    def _mask(self, allowed: Allowed, ids: Sequence[int]) -> Tensor:
-        """The tokens that may come behind others, bool [v]; none where the mask fails, which ends the answer."""
-        so_far = torch.tensor([ids], dtype=torch.int64)
+    def _mask(self, allowed: Allowed, ids: Sequence[int]) -> Tensor | None:
+        """The tokens that may come behind others, bool [v]; None where that takes more than a schema may."""
         try:
-            mask = allowed(len(ids), so_far)
-        except ValueError as e:
-            _log.error("a mask failed: %s", type(e).__name__)
-            return torch.zeros(self._vocabulary, dtype=torch.bool, device=self._device)
+            mask = allowed(len(ids), torch.tensor([ids], dtype=torch.int64))
+        except ValueError:
+            return None
         return sampling.full_mask(mask, 1, self._vocabulary, self._device).view(-1)
+
+
+def _failure(token: int) -> Refused:
+    """Why `BatchEngine._choose` gave a negative number in place of a token."""
+    if token == _MASK_FAILED:
+        return Refused(400, "schema: it needs more than its limits allow; make its patterns simpler")
+    return Refused(500, "the model's logits are not finite, or its settings leave no token")
 
 
 def _conversation_of(request: Request) -> Conversation:

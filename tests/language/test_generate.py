@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from medvl.hub import skeletons, tokens
 from medvl.language import cached_forward, qwen_vl, vlm
-from medvl.language.generate import generate
+from medvl.language.generate import Answer, add_token, generate
 from medvl.language.sampling import Sampling, allow_in_phases, allow_only
 from medvl.weights import four_bit, lazy, lora
 from tests import tiny
@@ -624,3 +624,56 @@ def test_a_gpu_writes_the_same(kind):
         assert generate(cfg, skeleton, held, there, allowed=allowed) == generate(
             cfg, skeleton, params, batch, allowed=allow_only(range(3, 140))
         )
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------------------------
+def sentencepiece():
+    """A tokenizer as of Llama: byte fallback, a space before every text, and none at its start when it is decoded."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), "▁", "▁a"]
+    tok = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [("▁", "a")], byte_fallback=True))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tok.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>", unk_token="<unk>")
+
+
+class Counting:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tok):
+        self.tok, self.decoded = tok, 0
+
+    def decode(self, ids, **options):
+        self.decoded += len(ids)
+        return self.tok.decode(ids, **options)
+
+
+# With byte fallback a broken byte makes those before it broken, too, which no pieces can tell: from 258 on are no bytes.
+@pytest.mark.parametrize(
+    ("make", "first"), [(lambda: tokens.train_bpe(["é 中 a b"], 300, lower=False), 2), (sentencepiece, 258)]
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_of_any_tokens_are_their_text_and_cost_as_much(make, first, seed):
+    """Random tokens, broken characters among them: joined pieces are the text, which is not decoded again and again."""
+    tok = Counting(make())
+    gen = torch.Generator().manual_seed(seed)
+    text_ids = tok.tok("aé 中 a 😀 b é" * 3, add_special_tokens=False)["input_ids"]
+    drawn = torch.randint(first, len(tok.tok), (200,), generator=gen).tolist()
+    ids = [*text_ids, *drawn, *text_ids]
+    cfg = Sampling(max_tokens=len(ids), end=(1,))
+    answer, pieces = Answer(), []
+    for number, token in enumerate(ids, 1):
+        before = len(answer.text)
+        add_token(cfg, tok, answer, token, is_last=number == len(ids), stream=True)
+        pieces.append(answer.text[before:])
+    assert "".join(pieces) == tok.tok.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    # Broken characters are decoded until one is whole; without them it is two or three tokens a step.
+    plain, tok.decoded = Answer(), 0
+    for token in text_ids * 20:
+        add_token(cfg, tok, plain, token, is_last=False, stream=True)
+    assert tok.decoded < 8 * len(text_ids * 20)

@@ -158,7 +158,16 @@ def test_requests_that_cannot_be_answered_are_refused_before_they_wait(served, c
     assert "Jane" not in str(refused.value)
 
 
-def test_a_row_whose_logits_are_not_finite_ends_alone(served):
+def no_token(step, ids):
+    return torch.zeros(1, 3, dtype=torch.bool)
+
+
+def too_costly(step, ids):
+    raise ValueError("Jane Doe")
+
+
+@pytest.mark.parametrize(("mask", "status"), [(no_token, 500), (too_costly, 400)])
+def test_a_row_that_fails_ends_alone(served, mask, status):
     """One request in four fails: the others are answered as before."""
     requests = served_toy.requests(4, random.Random(6), max_tokens=(20, 20))
     expected, _ = answer(served, requests, 4)
@@ -173,12 +182,10 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(served):
     while not engine.is_idle:
         engine.work(lambda: True)
         if len(engine._rows) == 4:
-            engine._rows[1].prepared = evolve(
-                engine._rows[1].prepared, allowed=lambda step, ids: torch.zeros(1, 3, dtype=torch.bool)
-            )
+            engine._rows[1].prepared = evolve(engine._rows[1].prepared, allowed=mask)
     failed = [call for call, of in events.items() if isinstance(of[-1], Refused)]
     assert failed == ["1"]
-    assert events["1"][-1].status == 500
+    assert events["1"][-1].status == status
     for call in "023":
         assert text_of(events[call]) == expected[call][0]
         assert isinstance(events[call][-1], End)
