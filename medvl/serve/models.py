@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from medvl.adapters import cache, experts
 from medvl.adapters.experts import Experts
+from medvl.adapters.retrieve import RetrieveConfig
 from medvl.base import files, processes
 from medvl.base.tree import Tree
 from medvl.language import chat, system
@@ -51,7 +52,7 @@ def open_served(place: str, registry: str = "", base: str = "") -> Served:
     """
     if registry:
         opened = experts.open_experts(registry, base=base or place, device=processes.choose_device("auto"))
-        return _with_experts(opened, Path(registry).stem)
+        return _with_experts(opened, Path(registry).stem, RetrieveConfig())
     folder = Path(place)
     if (folder / "config.json").is_file() and (name := system_name(folder)):
         return _open_run(folder, name)
@@ -75,11 +76,11 @@ def _open_run(folder: Path, name: str) -> Served:
     found = run.find_system(name)
     with files.file_lock(folder, shared=True):  # not while it is trained
         model, params = found.load(folder)
+    max_tokens = getattr(model.cfg.evaluate, "max_tokens", 256)
     if name == "adapters":
         from medvl.systems.adapters.record import gather
 
-        return _with_experts(gather(model, params), folder.name)
-    max_tokens = getattr(model.cfg.evaluate, "max_tokens", 256)
+        return _with_experts(gather(model, params), folder.name, model.cfg.retrieve, max_tokens)
     base = system.model_weights(evolve(model, adapter=None), params)
     if model.adapter is None:
         return _without_adapters(folder.name, model.chat, params, base, max_tokens)
@@ -114,7 +115,7 @@ def _without_adapters(
     )
 
 
-def _with_experts(opened: Experts, name: str) -> Served:
+def _with_experts(opened: Experts, name: str, retrieve: RetrieveConfig, max_tokens: int = 256) -> Served:
     mixer = _Mixer(opened.params, opened.names, opened.pool)
 
     def choose(conversation: Conversation) -> Mixture:
@@ -122,7 +123,7 @@ def _with_experts(opened: Experts, name: str) -> Served:
         vectors = experts.embed_questions(
             opened, [question.replace("<image>", "").strip()], [conversation.images]
         )
-        chosen = experts.choose_adapters("mixture", experts.RetrieveConfig(), vectors, opened.vectors)
+        chosen = experts.choose_adapters("mixture", retrieve, vectors, opened.vectors)
         pairs = zip(chosen.indices[0].tolist(), chosen.weights[0].tolist(), strict=True)
         return tuple((opened.names[i], weight) for i, weight in pairs if i >= 0)
 
@@ -130,7 +131,7 @@ def _with_experts(opened: Experts, name: str) -> Served:
         name=name,
         chat=opened.chat,
         params={"model": opened.params},
-        max_tokens=256,
+        max_tokens=max_tokens,
         adapters=opened.names,
         default=(),
         weights=mixer.weights,
@@ -190,4 +191,16 @@ class _Mixer:
                 rows[row, names.index(name)] += weight
         stack = self.pool([self.names.index(name) for name in names])
         gates = rows[0] if len({*mixtures}) == 1 else rows
-        return lora.apply_lora(self.base, compose.compose_adapters(stack, gates))
+        adapter = compose.compose_adapters(stack, gates)
+        # Rows of several mixtures are those of a batch in flight: their images were seen with their prompts.
+        return lora.apply_lora(self.base, adapter if gates.dim() == 1 else _without_vision(adapter))
+
+
+def _without_vision(adapter: lora.Adapter) -> lora.Adapter:
+    """An adapter that leaves the layers alone that see images."""
+    modules = [module for module in adapter.factors if not lora.VISION.search(module)]
+    return evolve(
+        adapter,
+        factors={module: adapter.factors[module] for module in modules},
+        gate={module: adapter.gate[module] for module in modules},
+    )

@@ -20,6 +20,7 @@ from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.commands import experiments, questions, registries
 from medvl.language.conversations import Conversation
+from medvl.serve.models import open_served
 from medvl.systems import run
 from medvl.systems.adapters import data, score, tables
 from medvl.systems.adapters import record as adapters
@@ -29,6 +30,7 @@ from medvl.systems.adapters.record import Config
 from tests import tiny
 from tests.openings import count_openings
 from tests.records import with_settings
+from tests.rooms import answer_served, ask
 
 VISION = tiny.CONFIGS["qwen2_5_vl"]
 MODEL = {
@@ -886,3 +888,30 @@ def test_memory_of_base_and_adapter_is_told(trained, monkeypatch, capsys):
     assert "stage base: whole" in said
     assert "stage adapter: lora" in said
     assert said.count("at the peak") == 2
+
+
+def test_a_run_is_served(trained):
+    """In one batch: what the registry chooses, named adapters and the bare model answer as they do alone."""
+    place, folder, _ = trained
+    picture = str(next((place / "data").rglob("test/*.png")))
+    question = "How many lesions are there?"
+    served = open_served(str(folder))
+    modes = {"auto": "auto", "base": "base", "": "", "ct": "ct", "xray": "xray"}
+    answers = answer_served(
+        served, [ask(call, question, [picture], adapter=kind, max_tokens=3) for call, kind in modes.items()]
+    )
+    of = experts.open_experts(folder / "registry.toml", dtype="float32")
+    k = served_k(folder)
+    chosen = experts.ask_experts(of, question, [picture], cfg=RetrieveConfig(k=k), max_tokens=3)
+    bare = experts.ask_experts(of, question, [picture], mode="bare", max_tokens=3)
+    assert answers["auto"][0] == chosen.text
+    assert answers["auto"][1] == tuple((name, weight) for name, _, weight in chosen.adapters)
+    assert answers["base"] == answers[""] == (bare.text, ())
+    for name in ("ct", "xray"):
+        own = experts.ask_experts(of, question, [picture], mode="oracle", own=name, max_tokens=3)
+        assert answers[name] == (own.text, ((name, 1.0),))
+    assert served.adapters == ("ct", "fundus", "xray")
+
+
+def served_k(folder):
+    return json.loads((folder / "config.json").read_text())["retrieve"]["k"]
