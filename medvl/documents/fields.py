@@ -100,6 +100,21 @@ def leaves(fields: Fields) -> dict[str, str]:
     return dict(_flatten(asdict(evolve(fields, kind=""), filter=_is_stated), ""))
 
 
+def json_leaves(tree: Any) -> dict[str, str]:
+    """The texts and numbers of any JSON by path, as `leaves` has those of a page; true, false and null are not printed."""
+    found: dict[str, str] = {}
+    todo: list[tuple[str, Any]] = [("", tree)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            # From the last on, as the last of the list is taken first.
+            todo += reversed([(f"{path}/{key}".lstrip("/"), part) for key, part in items])
+        elif isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+            found[path] = str(value)
+    return found
+
+
 def _is_stated(attribute: Any, value: Any) -> bool:
     return attribute.name != "read_as" and value not in ("", False, (), Patient())
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from medvl.documents.evidence import Evidence
-from medvl.documents.fields import fields_to_json
+from medvl.documents.fields import fields_to_json, json_leaves, leaves
 from medvl.documents.fields_schema import read_schema
 from medvl.serve import extract, fhir, interface, responses
 from medvl.serve.extract import Extraction, Wish
@@ -129,7 +129,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
 def _bundle(extraction: Extraction, site: Site, request: str, version: str) -> Any:
     """The fields as FHIR; values of pages that were not read are all marked as unverified."""
     assert extraction.fields is not None
-    bundle = fhir.make_bundle(
+    return fhir.make_bundle(
         extraction.fields,
         extraction.evidence or Evidence(),
         software=f"medvl {version}",
@@ -137,8 +137,6 @@ def _bundle(extraction: Extraction, site: Site, request: str, version: str) -> A
         made_at=datetime.datetime.now(datetime.UTC),
         request=request,
     )
-    fhir.check_bundle(bundle)
-    return bundle
 
 
 _DESCRIBE = "Describe what this shows."
@@ -164,12 +162,23 @@ def _count_extraction(site: Site, extraction: Extraction) -> None:
 
 def _values(extraction: Extraction) -> list[responses.FoundValue]:
     """The evidence as it is told. Values of an own schema are under the number of their page."""
-    found = []
-    for value in extraction.evidence.values if extraction.evidence else ():
-        found.append(_value(value, value.path, value.page))
-    for number, evidence in enumerate(extraction.page_evidence):
-        found += [_value(value, f"{number}/{value.path}", number) for value in evidence.values]
-    return found
+    evidence, pages = extraction.evidence, extraction.page_evidence
+    if evidence is not None:
+        return [_value(value, value.path, value.page) for value in evidence.values]
+    if pages:
+        return [
+            _value(value, f"{i}/{value.path}", i) for i, page in enumerate(pages) for value in page.values
+        ]
+    # Pages that were not read show nothing: no value may look as if it were verified.
+    texts = (
+        leaves(extraction.fields)
+        if extraction.fields
+        else json_leaves([page.tree for page in extraction.pages])
+    )
+    return [
+        responses.FoundValue(path=path, text=text, status="unchecked", verified=False)
+        for path, text in texts.items()
+    ]
 
 
 def _value(value: Any, path: str, page: int | None) -> responses.FoundValue:

@@ -5,14 +5,14 @@ Each function runs in a process of its own, since decoders of pictures may crash
 
 import io
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import evolve, frozen
 from PIL import Image
 
 from medvl.documents.evidence import Evidence, check_fields, drop_unverified
-from medvl.documents.fields import Fields, read_answer
+from medvl.documents.fields import Fields, json_leaves, read_answer
 from medvl.documents.words import Word
 from medvl.serve import uploads
 from medvl.serve.uploads import Limits
@@ -118,22 +118,10 @@ def check_json(trees: Sequence[Any], pages: Sequence[Sequence[Word]]) -> list[Ev
     """What each page shows of the texts and numbers of a JSON value of its own schema, by their paths in it."""
     checked = []
     for tree, words in zip(trees, pages, strict=True):
-        values = dict(_leaves(tree, ""))
+        values = json_leaves(tree)
         # As procedures, of which each is a text of its own.
         found = check_fields(Fields(procedures=tuple(values.values())), [words])
         paths = {f"procedures/{i}": path for i, path in enumerate(values)}
         renamed = [evolve(value, path=paths[value.path]) for value in found.values]
         checked.append(Evidence(values=tuple(renamed)))
     return checked
-
-
-def _leaves(tree: Any, path: str) -> Any:
-    """(path, text) of each leaf of JSON that is printed; true, false and null are not."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}/{key}".lstrip("/"))
-    elif isinstance(tree, list):
-        for number, value in enumerate(tree):
-            yield from _leaves(value, f"{path}/{number}".lstrip("/"))
-    elif isinstance(tree, str | int | float) and not isinstance(tree, bool) and str(tree).strip():
-        yield path, str(tree)
