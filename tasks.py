@@ -276,12 +276,12 @@ def serve(c, run=None, model="", registry="", engine="", keys="", host="", port=
 @task(
     help={
         "api": "address of the service",
-        "key_env": "environment variable with the service's key",
+        "key_env": "environment variable with the service's key; default: MEDVL_KEY, where it is set",
         "host": "address at which the page listens; whoever reaches it may ask the service",
         "port": "default: 7860",
     }
 )
-def ui(c, api="http://127.0.0.1:8000", key_env="", host="127.0.0.1", port="7860"):
+def ui(c, api="http://127.0.0.1:8000", key_env="MEDVL_KEY", host="127.0.0.1", port="7860"):
     """Serve a page to look at a service (`invoke serve`) in a browser; in an environment of its own, with gradio."""
     from medvl.commands import ui as commands
 

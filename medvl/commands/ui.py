@@ -8,23 +8,24 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 _MEMORY = Path("/dev/shm")  # files in memory, on Linux
+_KEY = "MEDVL_KEY"
 
 
 def serve_page(
-    api: str = "http://127.0.0.1:8000", host: str = "127.0.0.1", port: int = 7860, key_env: str = ""
+    api: str = "http://127.0.0.1:8000", host: str = "127.0.0.1", port: int = 7860, key_env: str = _KEY
 ) -> None:
     """Serve the page until the process is told to stop.
 
     Args:
         api: address of the service.
-        key_env: name of the environment variable that holds the service's key; "" = none is sent.
+        key_env: name of the environment variable that holds the service's key; the usual one may be empty.
     Raises:
         ValueError: no such address or variable, an address in use, gradio is missing.
     """
     if urlsplit(api).scheme not in ("http", "https") or not urlsplit(api).hostname:
         raise ValueError(f"ui: --api must be an address such as http://127.0.0.1:8000, got {api!r}")
-    key = os.environ.get(key_env, "") if key_env else ""
-    if key_env and not key:
+    key = os.environ.get(key_env, "")
+    if not key and key_env != _KEY:
         raise ValueError(f"ui: the environment variable {key_env} has no key in it")
     # SIGTERM ends it as Ctrl-C does, so that the folder of uploads is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -115,5 +115,5 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.status_code == 404:
         message = f"not served here: {message}"
     if response.status_code == 401:
-        message = "the service asks for a key: start the page with --key-env NAME"
+        message = "the service asks for a key: start the page with MEDVL_KEY or --key-env"
     raise Unanswered(f"{message} (status {response.status_code})")

@@ -141,9 +141,7 @@ def page(python, service, tmp_path_factory):
     command = [python, "-c", INVOKE, "ui", "--api", service.address, "--port", str(port)]
     log = folder / "log.txt"
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, "--key-env", "MEDVL_KEY"], cwd=ROOT, env=environment, stdout=out, stderr=out
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
     try:
         while "page at" not in log.read_text():
             assert process.poll() is None, log.read_text()
@@ -189,6 +187,7 @@ def test_boxes_stand_on_the_page(page):
     assert max(map(abs, difference)) <= 1
     assert '"labs"' in seen["JSON"]
     assert json.dumps(scripted.HTML) in seen["JSON"]
+    assert '"resourceType": "Bundle"' in seen["FHIR"]
     assert seen["JSON: injected"] == 0
     assert "draw 0." in values  # a part of its seconds
 
