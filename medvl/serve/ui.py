@@ -22,6 +22,11 @@ _FILE_SIZE = "512mb"  # as the service takes it for CT scans
 _POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; frame-ancestors 'self'"
 )
+_HEADERS = (
+    (b"content-security-policy", _POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
 
 
 def serve_page(service: Service, host: str, port: int, folder: str) -> None:
@@ -43,9 +48,6 @@ def serve_page(service: Service, host: str, port: int, folder: str) -> None:
             share=False,
             quiet=True,
             ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
             footer_links=[],
             max_threads=2 * _USERS,
             max_file_size=_FILE_SIZE,
@@ -67,16 +69,9 @@ class _Headers:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        added = {
-            "content-security-policy": _POLICY,
-            "referrer-policy": "no-referrer",
-            "x-content-type-options": "nosniff",
-        }
-
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                pairs = [(name.encode(), value.encode()) for name, value in added.items()]
-                message = {**message, "headers": [*message.get("headers", ()), *pairs]}
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
         await self.app(scope, receive, with_headers)
@@ -128,19 +123,17 @@ def _look_at(service: Service) -> tuple[str, list[str], list[str]]:
         names = [entry["id"] for entry in service.get("/v1/models")["data"]]
     except Unanswered:
         names = []
-    processes = health["processes"]
-    answering = [f"unified: {processes['unified'].get('run', '')}"] if "unified" in processes else []
     parts = [f"Service {health['version']}, {health['status']}"]
     if health["model"]:
-        model = processes.get("model", {})
-        facts = [str(model[name]) for name in ("dtype", "device") if name in model]
-        parts.append(f"model {health['model']} ({', '.join(facts) or 'elsewhere'})")
-    parts += [
-        f"{name}: {processes[name].get('run', '')}"
-        for name in ("ct", "slides", "unified")
-        if name in processes
-    ]
-    return html.block(html.tag("p", "; ".join(parts))), names, answering + names
+        model = health["processes"].get("model", {})  # none where the engine is elsewhere
+        facts = [model[name] for name in ("dtype", "device") if name in model]
+        parts.append(" ".join(["model", health["model"], *facts]))
+    unified = []
+    for name, facts in health["processes"].items():
+        if "run" in facts:
+            parts.append(f"{name}: {facts['run']}")
+            unified += [parts[-1]] if name == "unified" else []
+    return html.block(html.tag("p", "; ".join(parts))), names, unified + names
 
 
 def _remove_left_files(folder: Path) -> None:

@@ -22,7 +22,8 @@ footer {display: none !important}
 .mv table {border-collapse: collapse; width: 100%; font-size: 13px; margin: 4px 0 10px}
 .mv th, .mv td {text-align: left; padding: 3px 8px; border: 0; border-bottom: 1px solid #d6d3d1; vertical-align: top;
   overflow-wrap: break-word; max-width: 420px}
-.mv .scroll td:nth-child(4) {overflow-wrap: anywhere; min-width: 130px}
+.mv .scroll th, .mv .scroll td {padding: 3px 5px}
+.mv .scroll td:nth-child(4) {overflow-wrap: anywhere; min-width: 110px}
 .mv th {font-weight: 600}
 .mv pre {white-space: pre-wrap; overflow-wrap: anywhere; max-height: 480px; overflow: auto; font-size: 12px;
   background: #f5f5f4; color: #1c1917; padding: 8px; border-radius: 6px}
@@ -99,7 +100,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
 def records(rows: Sequence[Any]) -> Html:
     """A table of JSON objects, with a column for each of their keys."""
     shown = [row if isinstance(row, dict) else {"value": row} for row in rows[:_ROWS]]
-    keys = list(dict.fromkeys(key for row in shown for key in row))
+    keys = list(dict.fromkeys(key for row in shown for key, value in row.items() if value not in (None, "")))
     more = f"{len(rows) - _ROWS} more rows are not shown" if len(rows) > _ROWS else ""
     return Html(table(keys, [[row.get(key) for key in keys] for row in shown]) + tag("p", more))
 
@@ -146,7 +147,7 @@ def pages(answer: Mapping[str, Any]) -> Html:
     drawn = []
     for number, page in enumerate(answer["pages"]):
         boxes = [
-            _box(place, value, page["height"] / 80)
+            _box(place, value, max(page["width"], page["height"]) / 80)
             for place, value in enumerate(answer["values"], 1)
             if value["page"] == number and value["box"]
         ]

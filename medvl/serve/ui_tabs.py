@@ -21,7 +21,7 @@ _KEEP_S = 600  # that files stay in memory behind their upload
 _CHOOSE = f"choose a file (it is forgotten after {_KEEP_S // 60} minutes)"
 _TURNS = 20  # of a conversation that are kept
 _PATCH = ("rank", "x", "y", "relevance", "percentile")
-Handler = Callable[..., Iterator[tuple[Any, ...]]]  # yields what the outputs show, again and again
+Results = Iterator[tuple[Any, ...]]  # what the outputs show, again and again
 
 
 # What the tabs share ----------------------------------------------------------------------------------------
@@ -57,12 +57,21 @@ def _read_and_remove(path: Path) -> bytes:
 
 
 def _on_click(
-    button: gr.Button, handler: Handler, inputs: Sequence[Any], outputs: Sequence[Any], status: gr.HTML
+    button: gr.Button,
+    handler: Callable[..., Results],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    status: gr.HTML,
+    keep: bool = False,
 ) -> Any:
-    """Show what a handler yields. What was shown before goes at once, so that no answer stands beside another's fault."""
-    empty = [gr.skip() if isinstance(output, gr.State) else "" for output in outputs]
+    """Show what a handler yields. What was shown before goes at once, so that no answer stands beside another's fault.
 
-    def answer(*values: Any) -> Iterator[tuple[Any, ...]]:
+    Args:
+        keep: it stays, as in a conversation.
+    """
+    empty = [gr.skip() if keep else "" for _ in outputs]
+
+    def answer(*values: Any) -> Results:
         yield html.block(html.tag("p", "asking the service ...")), *empty
         try:
             for results in handler(*values):
@@ -116,19 +125,10 @@ def extract_tab(service: Service) -> gr.Dropdown:
             with gr.Accordion("FHIR", open=False):
                 bundle = gr.HTML(elem_id="fhir")
 
-    def extract(
-        files: list[bytes],
-        adapter: str,
-        schema: str,
-        prompt: str,
-        pages: str,
-        window: str,
-        strict: bool,
-        fhir: bool,
-    ) -> Iterator[tuple[Any, ...]]:
+    def extract(files: list[bytes], fhir: bool, strict: bool, *texts: str) -> Results:
         _need(files, _CHOOSE)
-        wish = {"adapter": adapter, "schema": schema, "prompt": prompt, "pages": pages, "window": window}
-        wish["strict"] = "true" if strict else ""
+        names = ("adapter", "schema", "prompt", "pages", "window")
+        wish: dict[str, Any] = dict(zip(names, texts, strict=True), strict=strict)
         answer = service.post("/extract", files, pictures=True, **wish)
         shown = html.pages(answer), html.values(answer)
         for of_page in answer["pages"]:
@@ -142,7 +142,7 @@ def extract_tab(service: Service) -> gr.Dropdown:
                 made = html.tag("p", str(e), kind="fault")
             yield *shown, tree, html.block(made)
 
-    inputs = [files, adapter, schema, prompt, pages, window, strict, fhir]
+    inputs = [files, fhir, strict, adapter, schema, prompt, pages, window]
     _on_click(button, extract, inputs, [page, values, fields, bundle], status)
     return adapter
 
@@ -160,7 +160,7 @@ def analyse_tab(service: Service) -> gr.Dropdown:
             text = gr.Textbox(label="Answer", lines=14, max_lines=40, elem_id="analysis", interactive=False)
             about = gr.HTML()
 
-    def analyse(files: list[bytes], prompt: str, adapter: str) -> Iterator[tuple[Any, ...]]:
+    def analyse(files: list[bytes], prompt: str, adapter: str) -> Results:
         _need(files, _CHOOSE)
         answer = ""
         for event in service.stream("/analyze", files, prompt=prompt, adapter=adapter):
@@ -185,7 +185,7 @@ def ct_tab(service: Service) -> None:
             status = gr.HTML()
             found = gr.HTML(elem_id="findings")
 
-    def classify(files: list[bytes], findings: str, hu: str, spacing: str) -> Iterator[tuple[Any, ...]]:
+    def classify(files: list[bytes], findings: str, hu: str, spacing: str) -> Results:
         _need(files, _CHOOSE)
         answer = service.post(
             "/ct/classify", files, findings=findings, hu=hu, spacing_from=spacing, slices=True
@@ -212,7 +212,7 @@ def slides_tab(service: Service) -> None:
             status = gr.HTML()
             found = gr.HTML(elem_id="slide")
 
-    def ask(files: list[bytes], slide: str, question: str) -> Iterator[tuple[Any, ...]]:
+    def ask(files: list[bytes], slide: str, question: str) -> Results:
         _need(files or slide, "choose a file, or name a slide")
         _need(question, "ask a question")
         answer = service.post("/slides/ask", files, slide=slide, question=question)
@@ -241,34 +241,25 @@ def ask_tab(service: Service) -> gr.Dropdown:
             shown = gr.HTML(elem_id="conversation")
     history = gr.State([], time_to_live=6 * _KEEP_S)
 
-    def send(
-        history: list[dict[str, Any]],
-        model: str,
-        task: str,
-        files: list[bytes],
-        question: str,
-        temperature: float,
-        seed: int,
-    ) -> Iterator[tuple[Any, ...]]:
+    def send(history: Any, model: str, task: str, files: Any, question: str, *chance: float) -> Results:
         _need(model, "choose a model")
         _need(question, "type a question")
-        chance = {"temperature": temperature or 0, "seed": seed or 0}
+        chosen = {"temperature": chance[0] or 0, "seed": chance[1] or 0}
         images = [data_address(content) for content in files]
         turn: dict[str, Any] = {"question": question, "images": images, "answer": "", "picture": ""}
         turns = [*history, turn][-_TURNS:]
         if task == "Draw":
-            turn["picture"] = service.post("/unified/draw", files, question=question, **chance)["picture"]
+            turn["picture"] = service.post("/unified/draw", files, question=question, **chosen)["picture"]
         elif model.startswith("unified:"):
             turn["answer"] = service.post("/unified/ask", files, question=question)["text"]
         else:
-            for piece in service.chat({"model": model, "messages": _messages(turns), **chance}):
+            for piece in service.chat({"model": model, "messages": _messages(turns), **chosen}):
                 turn["answer"] += piece
                 yield gr.skip(), html.turns(turns)
         yield turns, html.turns(turns)
 
-    _on_click(
-        button, send, [history, model, task, files, question, temperature, seed], [history, shown], status
-    )
+    inputs = [history, model, task, files, question, temperature, seed]
+    _on_click(button, send, inputs, [history, shown], status, keep=True)
     new.click(lambda: ([], "", ""), None, [history, shown, status], api_visibility="private")
     return model
 
@@ -299,7 +290,7 @@ def adapters_tab(service: Service) -> gr.Dropdown:
             status = gr.HTML()
             found = gr.HTML(elem_id="adapters")
 
-    def ask(files: list[bytes], question: str, adapter: str) -> Iterator[tuple[Any, ...]]:
+    def ask(files: list[bytes], question: str, adapter: str) -> Results:
         _need(question, "ask a question")
         answer = service.post("/adapters/ask", files, question=question, adapter=adapter)
         weights = [(entry["name"], entry["weight"], None) for entry in answer["adapters"]]
@@ -314,28 +305,25 @@ def adapters_tab(service: Service) -> gr.Dropdown:
 
 
 def benchmarks_tab(service: Service) -> None:
-    button = gr.Button("Show results and state", variant="primary")
+    with gr.Row():
+        button = gr.Button("Show results and state", variant="primary", scale=0, min_width=260)
     status = gr.HTML()
     shown = gr.HTML(elem_id="benchmarks")
 
-    def show() -> Iterator[tuple[Any, ...]]:
-        health = service.get("/health")
-        processes = health["processes"]
-        keys = dict.fromkeys(key for facts in processes.values() for key in facts)
-        rows = [[key, *(facts.get(key) for facts in processes.values())] for key in keys]
-        told = service.get("/benchmark")
+    def show() -> Results:
+        health, told = service.get("/health"), service.get("/benchmark")
         parts = [html.tag("h3", "How the models were made")]
-        for model in told.get("models", ()):
+        for model in told["models"]:
             parts.append(html.fold(f"{model['name']}: record", html.code(model["record"])))
             if model["card"]:
                 parts.append(html.fold(f"{model['name']}: card", html.code(model["card"])))
-        parts += [
-            html.tag("h3", f"State: {health['status']}, version {health['version']}"),
-            html.table(("", *processes), rows),
-        ]
         for file in told["files"]:
             rows = file["rows"] if isinstance(file["rows"], list) else [file["rows"]]
             parts += [html.tag("h3", file["file"]), html.records(rows)]
-        yield (html.block(*parts, html.tag("p", "" if told["files"] else "no results are there yet")),)
+        processes = health["processes"]
+        keys = dict.fromkeys(key for facts in processes.values() for key in facts)
+        rows = [[key, *(facts.get(key) for facts in processes.values())] for key in keys]
+        state = f"State: {health['status']}, version {health['version']}"
+        yield (html.block(*parts, html.tag("h3", state), html.table(("", *processes), rows)),)
 
     _on_click(button, show, [], [shown], status)
