@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from medvl.serve import ui_html
@@ -119,8 +120,7 @@ def python():
 
 @pytest.fixture(scope="module")
 def page(python, service, tmp_path_factory):
-    """(what the browser saw, what the page's process wrote, its folder, its files, how it ended, whether the folder was
-    removed)."""
+    """What the browser saw, what the page's process wrote, files that it left, and how it ended."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium: apt-get install chromium")
@@ -146,7 +146,9 @@ def page(python, service, tmp_path_factory):
         while "page at" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        drive = [python, str(ROOT / "tests/serve/drive_ui.py"), f"http://127.0.0.1:{port}", chromium]
+        address = f"http://127.0.0.1:{port}"
+        policy = httpx.get(address, trust_env=False).headers["content-security-policy"]
+        drive = [python, str(ROOT / "tests/serve/drive_ui.py"), address, chromium]
         run = subprocess.run([*drive, str(file), str(shots)], capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr + log.read_text()
         uploads = list(
@@ -161,7 +163,8 @@ def page(python, service, tmp_path_factory):
     finally:
         process.kill()
     ended = (status, uploads[0].exists())
-    return {"seen": json.loads(run.stdout), "log": log.read_text(), "left": left, "ended": ended}
+    seen = json.loads(run.stdout)
+    return {"seen": seen, "log": log.read_text(), "left": left, "ended": ended, "policy": policy}
 
 
 def test_seven_tabs_and_the_notice(page):
@@ -219,6 +222,7 @@ def test_two_users_see_their_own_answers(page):
 def test_nothing_is_asked_elsewhere(page):
     (host,) = page["seen"]["hosts"]
     assert host.startswith("127.0.0.1:")
+    assert page["policy"].startswith("default-src 'self' data: blob: ")
     connected = re.findall(r"(?:connect|resolve) (.*)", page["log"])
     assert connected
     assert all("127.0.0.1" in address for address in connected), connected
