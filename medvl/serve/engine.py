@@ -33,7 +33,7 @@ from medvl.language.conversations import Conversation
 from medvl.language.rows_in_flight import Rows
 from medvl.language.sampling import Allowed, Sampling
 from medvl.serve.interface import End, Piece, Refused, Request
-from medvl.serve.models import Mixture, Served, Weights, find_mixture, open_served
+from medvl.serve.models import Mixture, Served, Weights, find_mixture, find_revision, open_served
 from medvl.training import estimate
 from medvl.weights import lazy
 
@@ -457,6 +457,7 @@ class EngineService:
         self.engine = BatchEngine(served, cfg, emit)
         self.info = {
             "model": served.name,
+            "revision": find_revision(served),
             "models": [served.name, *(name for name in served.adapters if name != served.name)],
             "dtype": str(served.chat.dtype).removeprefix("torch."),
             "device": str(self.engine._device),

@@ -1,5 +1,6 @@
 """Language models that are served: opened from a run, a model's folder or a registry, with adapters by name."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from medvl.language.chat import Chat, ChatConfig, ModelConfig
 from medvl.language.conversations import Conversation
 from medvl.serve.interface import Refused
 from medvl.systems import run
-from medvl.weights import compose, lora
+from medvl.weights import compose, lazy, lora
 
 Mixture = tuple[tuple[str, float], ...]  # (adapter, weight)
 Weights = Mapping[str, Tensor]
 LANGUAGE_SYSTEMS = ("tune", "document", "adapters")  # whose runs are served by an engine
+_SAMPLED = 4096  # values of a tensor that tell it from others
 _MANY = 16  # adapters that lie side by side on the device, although no row may use some of them
 
 
@@ -137,6 +139,22 @@ def _with_experts(opened: Experts, name: str, retrieve: RetrieveConfig, max_toke
         weights=mixer.weights,
         choose=choose if opened.embedder is not None else None,
     )
+
+
+def find_revision(served: Served) -> str:
+    """12 hex digits of the weights that answer where a request names no adapter.
+
+    Of each tensor some thousand values are taken: training changes them all, and to read all of a large model takes
+    minutes.
+    """
+    content = hashlib.sha256()
+    for name, weight in sorted(served.weights([served.default]).items()):
+        for part in lazy.leaves(weight):
+            values = part.detach().reshape(-1)
+            sample = values[:: max(1, len(values) // _SAMPLED)].cpu().contiguous()
+            content.update(f"{name} {list(part.shape)} {part.dtype} ".encode())
+            content.update(sample.view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()[:12]
 
 
 def find_mixture(served: Served, adapter: str | Mapping[str, float], conversation: Conversation) -> Mixture:

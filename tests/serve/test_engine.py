@@ -10,6 +10,7 @@ from PIL import Image
 from medvl.language import chat, generate
 from medvl.serve.engine import BatchEngine, EngineConfig
 from medvl.serve.interface import End, Piece, Refused, Request
+from medvl.serve.models import find_revision
 from tests.serve import served_toy
 
 
@@ -189,3 +190,17 @@ def test_a_row_that_fails_ends_alone(served, mask, status):
     for call in "023":
         assert text_of(events[call]) == expected[call][0]
         assert isinstance(events[call][-1], End)
+
+
+def test_a_revision_is_of_the_weights_that_answer(served):
+    same = served_toy.open_toy()
+    assert find_revision(served) == find_revision(same)
+    name = next(iter(same.params["model"]))
+    for place in (0, 7):
+        changed = {key: w.clone() for key, w in same.params["model"].items()}
+        changed[name].view(-1)[place] += 1  # all values of a small tensor are looked at
+        assert find_revision(
+            evolve(same, weights=lambda mixtures, changed=changed: changed)
+        ) != find_revision(same)
+    adapted = evolve(same, default=(("lung", 1.0),))
+    assert find_revision(adapted) != find_revision(same)
