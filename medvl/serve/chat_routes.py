@@ -52,7 +52,8 @@ def add_routes(app: FastAPI, site: Site) -> None:
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason(end), "logprobs": None}
         about = {"object": "chat.completion", "choices": [choice], "usage": usage_of([end]).model_dump()}
-        return {**head, **about, "adapters": dict(end.adapters), "disclaimer": DISCLAIMER}
+        ours = {"revision": end.revision, "adapters": dict(end.adapters), "disclaimer": DISCLAIMER}
+        return {**head, "model": body.model or end.model, **about, **ours}
 
 
 async def _chat_stream(

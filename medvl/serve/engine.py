@@ -103,6 +103,7 @@ class BatchEngine:
             ValueError: a model whose rows cannot be computed together; no memory for a cache.
         """
         self.served = served
+        self.revision = find_revision(served)
         self.emit = emit
         self._waiting = deque[Prepared]()
         self._rows = list[_Row]()  # as they lie in the cache
@@ -323,7 +324,21 @@ class BatchEngine:
             if answer.text[before:]:
                 self.emit(row.prepared.request.id, Piece(text=answer.text[before:]))
             if answer.reason:
-                self.emit(row.prepared.request.id, _end_of(row))
+                self.emit(row.prepared.request.id, self._end_of(row))
+
+    def _end_of(self, row: _Row) -> End:
+        prepared, now = row.prepared, time.monotonic()
+        return End(
+            reason=row.answer.reason,  # type: ignore[arg-type]
+            prompt_tokens=prepared.tokens,
+            answer_tokens=len(row.answer.ids),
+            model=self.served.name,
+            revision=self.revision,
+            adapters=prepared.mixture,
+            queued_s=row.begun - prepared.arrived,
+            first_token_s=row.first_token - row.begun,
+            total_s=now - prepared.arrived,
+        )
 
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> list[int]:
         """A token of each row; a negative number where none can be chosen."""
@@ -382,19 +397,6 @@ def _conversation_of(request: Request) -> Conversation:
         raise Refused(400, _plain(e)) from e
     images: Any = request.images  # open ones, which a `Vision` takes as it takes paths
     return Conversation(messages=tuple(map(dict, request.messages)), images=images, id="of the request")
-
-
-def _end_of(row: _Row) -> End:
-    prepared, now = row.prepared, time.monotonic()
-    return End(
-        reason=row.answer.reason,  # type: ignore[arg-type]
-        prompt_tokens=prepared.tokens,
-        answer_tokens=len(row.answer.ids),
-        adapters=prepared.mixture,
-        queued_s=row.begun - prepared.arrived,
-        first_token_s=row.first_token - row.begun,
-        total_s=now - prepared.arrived,
-    )
 
 
 def _plain(error: ValueError) -> str:
@@ -457,7 +459,7 @@ class EngineService:
         self.engine = BatchEngine(served, cfg, emit)
         self.info = {
             "model": served.name,
-            "revision": find_revision(served),
+            "revision": self.engine.revision,
             "models": [served.name, *(name for name in served.adapters if name != served.name)],
             "dtype": str(served.chat.dtype).removeprefix("torch."),
             "device": str(self.engine._device),

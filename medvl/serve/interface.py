@@ -66,6 +66,8 @@ class End:
     reason: Reason
     prompt_tokens: int
     answer_tokens: int
+    model: str = ""  # what answered, by name
+    revision: str = ""  # of its weights, where it is known
     adapters: tuple[tuple[str, float], ...] = ()  # (name, weight) of those that answered
     queued_s: float = 0.0  # until the prompt was begun
     first_token_s: float = 0.0  # from then to the first token

@@ -18,7 +18,7 @@ from medvl.serve.http import seen
 from medvl.serve.interface import End, Refused
 from medvl.serve.site import (
     Site,
-    adapter_weights,
+    answer_head,
     count_end,
     finish_reason,
     png_address,
@@ -90,9 +90,9 @@ def add_routes(app: FastAPI, site: Site) -> None:
         extraction = await until_gone(request, extract.extract(site.backend, seen().id, form.files, wish))
         _count_extraction(site, extraction)
         if as_fhir:
-            bundle = await asyncio.to_thread(_bundle, extraction, site, seen().id, app.version)
+            bundle = await asyncio.to_thread(_bundle, extraction, seen().id, app.version)
             return Response(json.dumps(bundle), media_type="application/fhir+json")
-        return _extracted(site, extraction)
+        return _extracted(extraction)
 
     @app.post(
         "/analyze",
@@ -119,21 +119,23 @@ def add_routes(app: FastAPI, site: Site) -> None:
         )
         if form.flag("stream", False):
             return await streamed(
-                site, asked, lambda piece: {"text": piece}, lambda end: [_analysed(site, "", end, begun)]
+                site, asked, lambda piece: {"text": piece}, lambda end: [_analysed("", end, begun)]
             )
         text, end = await until_gone(request, extract.answer(site.backend, asked))
         count_end(site, end)
-        return _analysed(site, text, end, begun)
+        return _analysed(text, end, begun)
 
 
-def _bundle(extraction: Extraction, site: Site, request: str, version: str) -> Any:
+def _bundle(extraction: Extraction, request: str, version: str) -> Any:
     """The fields as FHIR; values of pages that were not read are all marked as unverified."""
+    end = extraction.pages[0].end
     assert extraction.fields is not None
+    assert end is not None
     return fhir.make_bundle(
         extraction.fields,
         extraction.evidence or Evidence(),
         software=f"medvl {version}",
-        model=site.backend.model,
+        model=f"{end.model} {end.revision}".strip(),
         made_at=datetime.datetime.now(datetime.UTC),
         request=request,
     )
@@ -194,7 +196,7 @@ def _value(value: Any, path: str, page: int | None) -> responses.FoundValue:
     )
 
 
-def _extracted(site: Site, extraction: Extraction) -> responses.Extracted:
+def _extracted(extraction: Extraction) -> responses.Extracted:
     values = _values(extraction)
     warnings = [
         responses.FoundWarning(path=warning.path, kind=warning.kind, message=warning.message)
@@ -208,9 +210,7 @@ def _extracted(site: Site, extraction: Extraction) -> responses.Extracted:
         warnings.append(responses.FoundWarning(path="", kind="cut", message=message))
     ends = [page.end for page in extraction.pages if page.end]
     return responses.Extracted(
-        id=seen().id,
-        model=site.backend.model,
-        adapters=adapter_weights(ends[0]),
+        **answer_head(ends[0]),
         fields=None if extraction.fields is None else json.loads(fields_to_json(extraction.fields)),
         values=values,
         unverified=[value.path for value in values if not value.verified],
@@ -234,11 +234,9 @@ def _page(page: extract.Page) -> responses.PageAnswer:
     )
 
 
-def _analysed(site: Site, text: str, end: End, begun: float) -> responses.Analysed:
+def _analysed(text: str, end: End, begun: float) -> responses.Analysed:
     return responses.Analysed(
-        id=seen().id,
-        model=site.backend.model,
-        adapters=adapter_weights(end),
+        **answer_head(end),
         text=text,
         finish_reason=finish_reason(end),
         usage=usage_of([end]),

@@ -66,6 +66,7 @@ class RemoteEngine:
             reason=reason,
             prompt_tokens=usage.get("prompt_tokens", 0),
             answer_tokens=usage.get("completion_tokens", 0),
+            model=model,
             adapters=((model, 1.0),) if is_named else (),
             first_token_s=first_s,
             total_s=time.monotonic() - start,

@@ -11,7 +11,8 @@ class Answer(BaseModel):
     """What every answer says."""
 
     id: str
-    model: str
+    model: str  # what answered
+    revision: str = ""  # of its weights; "" where it is another server's
     disclaimer: str = DISCLAIMER
 
 

@@ -12,13 +12,14 @@ from medvl.serve.http import seen
 from medvl.serve.interface import Refused
 from medvl.serve.site import (
     Site,
-    adapter_weights,
+    answer_head,
     count_end,
     finish_reason,
     png_address,
     seconds_of,
     usage_of,
 )
+from medvl.serve.worker import Worker
 
 _CT = ("findings", "hu", "spacing_from", "slices")
 _SLIDES = ("question", "slide", "max_tokens")
@@ -30,10 +31,10 @@ def add_routes(app: FastAPI, site: Site) -> None:
     """Add them to a service."""
     backend, deadline_s = site.backend, site.cfg.deadline_s
 
-    def about(begun: float) -> dict[str, Any]:
+    def about(begun: float, room: Worker) -> dict[str, Any]:
         return {
             "id": seen().id,
-            "model": backend.model,
+            "model": room.info.get("run", ""),
             "seconds": {"total": round(time.monotonic() - begun, 4)},
         }
 
@@ -59,7 +60,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             for name, p in found["probability"].items()
         ]
         return responses.Classified(
-            findings=rows, slices=[png_address(png) for png in found["slices"]], **about(begun)
+            findings=rows, slices=[png_address(png) for png in found["slices"]], **about(begun, room)
         )
 
     @app.post(
@@ -87,7 +88,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             for p in answer["patches"]
         ]
         return responses.SlideAnswer(
-            text=answer["text"], patches=patches, map=png_address(answer["map"]), **about(begun)
+            text=answer["text"], patches=patches, map=png_address(answer["map"]), **about(begun, room)
         )
 
     @app.post("/adapters/ask", response_model=responses.Analysed, openapi_extra=form_schema("Ask", _ASK))
@@ -107,10 +108,8 @@ def add_routes(app: FastAPI, site: Site) -> None:
         text, end = await until_gone(request, extract.answer(backend, asked))
         count_end(site, end)
         return responses.Analysed(
-            id=seen().id,
-            model=backend.model,
+            **answer_head(end),
             text=text,
-            adapters=adapter_weights(end),
             usage=usage_of([end]),
             finish_reason=finish_reason(end),
             seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
@@ -127,7 +126,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             "max_tokens": form.max_tokens(site.cfg.max_tokens) or 256,
         }
         text = await until_gone(request, room.call(seen().id, "ask", deadline_s, **content))
-        return responses.TextAnswer(text=text, **about(begun))
+        return responses.TextAnswer(text=text, **about(begun, room))
 
     @app.post("/unified/draw", response_model=responses.Drawn, openapi_extra=form_schema("Draw", _UNIFIED))
     async def draw_unified(request: Request) -> Any:
@@ -141,7 +140,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             "seed": int(form.number("seed", 0, 0, 2**53)),
         }
         png = await until_gone(request, room.call(seen().id, "draw", deadline_s, **content))
-        return responses.Drawn(picture=png_address(png), **about(begun))
+        return responses.Drawn(picture=png_address(png), **about(begun, room))
 
 
 def _question(form: Form) -> str:

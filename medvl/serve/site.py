@@ -96,9 +96,10 @@ def _event(content: Any) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-def adapter_weights(end: End) -> list[responses.AdapterWeight]:
-    """The adapters that answered."""
-    return [responses.AdapterWeight(name=name, weight=weight) for name, weight in end.adapters]
+def answer_head(end: End) -> dict[str, Any]:
+    """What every answer of a language model says of itself."""
+    adapters = [responses.AdapterWeight(name=name, weight=weight) for name, weight in end.adapters]
+    return {"id": seen().id, "model": end.model, "revision": end.revision, "adapters": adapters}
 
 
 def png_address(png: bytes) -> str:

@@ -75,7 +75,12 @@ class Scripted:
                 interrupted()
             adapters = (("liver", 0.75), ("lung", 0.25)) if request.adapter == "auto" else ()
             end = End(
-                reason="end", prompt_tokens=9, answer_tokens=len(pieces), adapters=adapters, total_s=0.1
+                reason="end",
+                prompt_tokens=9,
+                answer_tokens=len(pieces),
+                model="toy",
+                adapters=adapters,
+                total_s=0.1,
             )
             self._emit(call, end)
 

@@ -281,6 +281,7 @@ def test_answers_say_what_they_come_from(web):
     ).json()
     assert answer["adapters"] == [{"name": "liver", "weight": 0.5}, {"name": "lung", "weight": 0.25}]
     assert answer["model"] == "toy"
+    assert len(answer["revision"]) == 12
     assert "not for diagnosis" in answer["disclaimer"]
     assert {"open", "answer", "check", "total", "queued", "first_token"} <= answer["seconds"].keys()
     assert answer["usage"]["total_tokens"] > answer["usage"]["prompt_tokens"] > 0

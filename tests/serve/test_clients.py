@@ -96,7 +96,7 @@ def test_openai_errors(client):
 @pytest.fixture(scope="module")
 def front(service):
     """A service whose engine is the first one, over HTTP."""
-    with toy_service.running(engine=service.address, engine_model="toy", max_tokens=300) as running:
+    with toy_service.running(engine=service.address, max_tokens=300) as running:
         yield running
 
 
@@ -115,6 +115,7 @@ def test_a_service_in_front_of_another_answers_the_same(service, front):
                 answer = client.post(route, files={"file": file.getvalue()}, data=data)
             assert answer.status_code == 200, answer.text
             content = answer.json()
+            assert content["model"] == data.get("adapter", "toy") if one is front else "toy"
             answers.append(
                 [content.get("text"), content.get("fields"), content.get("pages"), content["usage"]]
             )
