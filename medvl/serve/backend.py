@@ -112,7 +112,7 @@ class Backend:
         """Finish what is under way, then end all processes."""
         self.is_closing = True
         await asyncio.gather(*(worker.close(self.cfg.grace_s) for worker in self.workers))
-        if self.engine is not None and not isinstance(self.engine, LocalEngine):
+        if self.engine is not None:
             await self.engine.close()
 
     def result_files(self) -> list[Path]:

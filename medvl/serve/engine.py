@@ -476,7 +476,7 @@ class EngineService:
 
     def submit(self, call: str, content: Request) -> None:
         self._preparing.add(call)
-        self._threads.submit(self._prepare, call, content)
+        self._threads.submit(self._prepare, call, evolve(content, id=call))
 
     def _prepare(self, call: str, request: Request) -> None:
         if call not in self._preparing:  # cancelled before its turn

@@ -4,6 +4,7 @@ Two engines fill it: `worker` runs a model of medvl in a process of its own, and
 OpenAI's API. Nothing here loads torch.
 """
 
+import traceback
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal, Protocol
 
@@ -30,6 +31,13 @@ class Refused(ValueError):
     def __reduce__(self) -> Any:
         # It crosses processes.
         return type(self), (self.status, str(self), self.retry_after)
+
+
+def place_of(error: BaseException) -> str:
+    """What an error is and where it was raised, for a log: its message may hold a text of the request."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    return type(error).__name__ + place
 
 
 @frozen(kw_only=True)

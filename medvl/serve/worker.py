@@ -5,25 +5,26 @@ The service itself computes nothing, so that it answers while they work, and out
 
 import asyncio
 import importlib
-import inspect
+import itertools
 import logging
 import os
 import queue
 import signal
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
+from attrs import field, frozen
+
 from medvl.base import workers
-from medvl.serve.interface import End, Piece, Refused, Request
+from medvl.serve.interface import End, Piece, Refused, Request, place_of
 
 _log = logging.getLogger(__name__)
-Event = tuple[str, Any]  # (id of a call, what there is of its answer)
+Event = tuple[str, Any]  # (key of a call, what there is of its answer)
 _PAUSES_S = (0, 1, 2, 5, 10, 30)  # before a process that has died so many times in a row is started again
 
 
@@ -70,10 +71,8 @@ def run_service(connection: Connection, opener: Opener, arguments: tuple[Any, ..
     try:
         _run_service(connection, opener, arguments)
     except BaseException as e:
-        # Where and what, but not its message: that may hold a text of the request.
-        place = traceback.extract_tb(e.__traceback__)[-1]
         with suppress(OSError):
-            connection.send(("crashed", f"{type(e).__name__} in {place.filename}, line {place.lineno}"))
+            connection.send(("crashed", place_of(e)))
         os._exit(1)
 
 
@@ -121,10 +120,14 @@ def _run_service(connection: Connection, opener: Opener, arguments: tuple[Any, .
 
 def _receive(connection: Connection, inbox: "queue.SimpleQueue[Any]") -> None:
     # In a thread, so that a large request does not wait in the pipe until a step is done.
-    with suppress(EOFError, OSError):
+    try:
         while True:
             inbox.put(connection.recv())
-    inbox.put(("stop",))
+    except (EOFError, OSError):
+        inbox.put(("stop",))
+    except BaseException as e:  # such as no memory for a message: a process that hears nothing is of no use
+        _log.error("a message cannot be read: %s", place_of(e))
+        os._exit(1)
 
 
 def _next(inbox: "queue.SimpleQueue[Any]") -> Any:
@@ -152,9 +155,6 @@ class Calls:
         functions: Mapping[str, Callable[..., Any]],
         info: Mapping[str, Any],
     ) -> None:
-        """Args:
-        functions: by name. One with an argument `tell` may call it with events before its result, such as `Piece`.
-        """
         self.info = info
         self._emit = emit
         self._functions = functions
@@ -179,29 +179,34 @@ class Calls:
     def work(self, interrupted: Callable[[], bool]) -> None:
         while self._waiting:
             call, (name, arguments) = self._waiting.popleft()
-
-            def tell(event: Any, call: str = call) -> None:
-                self._emit(call, event)
-                interrupted()  # which sends it
-
-            function = self._functions[name]
-            if "tell" in inspect.signature(function).parameters:
-                arguments = arguments | {"tell": tell}
-            try:
-                self._emit(call, Result(function(**arguments)))
-            except Refused as e:
-                self._emit(call, e)
-            except ValueError:
-                # Its message may hold a name or a text of the request.
-                self._emit(
-                    call,
-                    Refused(400, f"{name}: the request cannot be answered; see that its files are whole"),
-                )
+            self._emit(call, self._answer(name, arguments))
             if interrupted():
                 return
 
+    def _answer(self, name: str, arguments: Mapping[str, Any]) -> Result | Refused:
+        try:
+            return Result(self._functions[name](**arguments))
+        except Refused as e:
+            return e
+        except ValueError:
+            # Its message may hold a name or a text of the request.
+            return Refused(400, f"{name}: the request cannot be answered; see that its files are whole")
+        except RuntimeError:  # such as CUDA's errors, behind which nothing works: a new process is needed
+            raise
+        except Exception as e:
+            _log.error("%s: %s", name, place_of(e))
+            return Refused(500, f"{name} failed; the service's log says where")
+
 
 # In the service -------------------------------------------------------------------------------------------------
+@frozen
+class _Call:
+    """A call that is under way."""
+
+    id: str
+    events: asyncio.Queue[Any] = field(factory=asyncio.Queue)
+
+
 class Worker:
     """A process with a service, and the calls that are under way to it. Of one event loop."""
 
@@ -217,7 +222,8 @@ class Worker:
         self.load: Mapping[str, float] = {}
         self.restarts = 0
         self._opener, self._arguments, self._most = opener, arguments, most
-        self._calls: dict[str, asyncio.Queue[Any]] = {}
+        self._calls: dict[str, _Call] = {}
+        self._numbers = itertools.count()
         self._seconds = deque[float](maxlen=20)  # that the last calls took
         self._process: Any = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -238,15 +244,15 @@ class Worker:
         self.state, self._started = "loading", time.monotonic()
         context = workers.worker_context()
         ours, theirs = context.Pipe()
-        self._process = context.Process(
+        process = context.Process(
             target=run_service, args=(theirs, self._opener, self._arguments), name=self.name, daemon=True
         )
-        self._process.start()
+        process.start()
         theirs.close()  # so that its end is noticed
-        self._outbox = queue.SimpleQueue()
+        self._process, self._outbox = process, queue.SimpleQueue()
         loop = asyncio.get_running_loop()
-        threading.Thread(target=_send_all, args=(ours, self._outbox), daemon=True).start()
-        threading.Thread(target=self._receive_all, args=(ours, self._process, loop), daemon=True).start()
+        for target, argument in ((self._send_all, self._outbox), (self._receive_all, self._process)):
+            threading.Thread(target=target, args=(ours, argument, loop), daemon=True).start()
 
     async def wait_ready(self) -> None:
         """Raises:
@@ -258,6 +264,25 @@ class Worker:
         if self.state != "ready":
             raise ValueError(self.fault or f"{self.name}: closed")
 
+    def _send_all(
+        self,
+        connection: Connection,
+        outbox: "queue.SimpleQueue[Any]",
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        # In a thread, as the other end reads large messages only when it is ready for them.
+        with suppress(OSError):
+            while (message := outbox.get()) is not None:
+                try:
+                    connection.send(message)
+                except (RecursionError, MemoryError) as e:  # it is pickled before any of it is sent
+                    _log.error("%s: a call cannot be sent: %s", self.name, place_of(e))
+                    refused = Refused(400, "the request is too large, or what it holds stands too deep")
+                    loop.call_soon_threadsafe(self._handle, ("events", [(message[1], refused)]))
+                if message == ("stop",):
+                    return
+                del message  # pages must not stay until the next message
+
     def _receive_all(self, connection: Connection, process: Any, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(EOFError, OSError), suppress(RuntimeError):  # the loop is closed
             try:
@@ -265,6 +290,7 @@ class Worker:
                     loop.call_soon_threadsafe(self._handle, connection.recv())
             finally:
                 process.join(1)  # its exit code
+                process.kill()  # one whose messages cannot be read is of no use
                 loop.call_soon_threadsafe(self._ended, process)
 
     def _handle(self, message: Any) -> None:
@@ -280,46 +306,44 @@ class Worker:
         elif kind == "crashed":
             _log.error("%s: %s", self.name, content)
         else:
-            for call, event in content:
-                if call in self._calls:  # else nobody wants it any more
-                    self._calls[call].put_nowait(event)
+            for key, event in content:
+                if key in self._calls:  # else nobody wants it any more
+                    self._calls[key].events.put_nowait(event)
 
     def _ended(self, process: Any) -> None:
         """The process is gone: its calls are refused, and it is started again."""
         if process is not self._process:
             return
         self._outbox.put(None)
-        for events in self._calls.values():
-            events.put_nowait(
-                Refused(
-                    502,
-                    "the process that computed the answer has ended; send the request again",
-                    self._retry_s(),
-                )
-            )
+        text = "the process that computed the answer has ended; send the request again"
+        for call in self._calls.values():
+            call.events.put_nowait(Refused(502, text, self._retry_s()))
         self._calls = {}
         if self.state == "closed":
             return
-        was_ready = self.state == "ready"
-        self.state = "loading" if was_ready or not self.fault else "failed"
+        self.state = "failed" if self.fault and self.state == "loading" else "loading"
         self._changed.set()
-        self._deaths += 1
         if self.state == "failed" and not self.restarts:
             return  # it never was open
-        pause = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
-        _log.warning(
-            "%s: its process has ended (exit code %s); started again in %d s",
-            self.name,
-            process.exitcode,
-            pause,
-        )
+        _log.warning("%s: its process has ended (exit code %s)", self.name, process.exitcode)
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self._deaths += 1
         self.restarts += 1
+        pause = _PAUSES_S[min(self._deaths, len(_PAUSES_S)) - 1]
+        _log.warning("%s: started again in %d s", self.name, pause)
         asyncio.get_running_loop().call_later(pause, self._restart)
 
     def _restart(self) -> None:
-        if self.state != "closed":
-            self.fault = ""
+        if self.state == "closed":
+            return
+        self.fault = ""
+        try:
             self.start()
+        except OSError as e:  # no process or no file may be opened now
+            _log.error("%s: cannot be started: %s", self.name, place_of(e))
+            self._start_again()
 
     def _retry_s(self) -> int:
         return max(1, round(self._load_s) + 1)
@@ -336,8 +360,12 @@ class Worker:
         """
         self._check_open(call)
         begun = time.monotonic()
-        events = self._calls[call] = asyncio.Queue()
-        self._outbox.put(("submit", call, content))
+        # A key of its own: what the process still tells of a call that was given up must not reach another one of
+        # the same id, as clients send requests again by it.
+        key = f"{call} {next(self._numbers)}"
+        events = asyncio.Queue[Any]()
+        self._calls[key] = _Call(call, events)
+        self._outbox.put(("submit", key, content))
         del content
         try:
             while True:
@@ -347,7 +375,7 @@ class Worker:
                     raise event
                 if isinstance(event, _LAST):
                     # The call is over before its last event is handed out: whoever gets it may stop there.
-                    self._calls.pop(call, None)
+                    self._calls.pop(key, None)
                     self._seconds.append(time.monotonic() - begun)
                     yield event
                     return
@@ -357,15 +385,20 @@ class Worker:
                 504, f"no answer within {deadline_s:g} s; ask for less, or raise the deadline"
             ) from None
         finally:
-            if self._calls.get(call) is events:
-                del self._calls[call]
-                self._outbox.put(("cancel", call))
+            if self._calls.pop(key, None) is not None:
+                self._outbox.put(("cancel", key))
 
-    def _check_open(self, call: str) -> None:
+    def check_ready(self) -> None:
+        """Raises:
+        Refused: it loads, or stops.
+        """
         if self.state != "ready":
             text = "is stopping" if self.state == "closed" else "is loading"
             raise Refused(503, f"{self.name} {text}", self._retry_s())
-        if call in self._calls:
+
+    def _check_open(self, call: str) -> None:
+        self.check_ready()
+        if any(other.id == call for other in self._calls.values()):
             raise Refused(409, "a request with this id is being answered")
         if len(self._calls) >= self._most:
             mean = sum(self._seconds) / len(self._seconds) if self._seconds else 1.0
@@ -397,15 +430,6 @@ class Worker:
                 await asyncio.to_thread(self._process.join)
 
 
-def _send_all(connection: Connection, outbox: "queue.SimpleQueue[Any]") -> None:
-    # In a thread, as the other end reads large messages only when it is ready for them.
-    with suppress(OSError):
-        while (message := outbox.get()) is not None:
-            connection.send(message)
-            if message == ("stop",):
-                return
-
-
 class LocalEngine:
     """A model in a process of its own, as `interface.Engine`."""
 
@@ -418,8 +442,8 @@ class LocalEngine:
 
     async def models(self) -> list[str]:
         """As `interface.Engine`."""
-        return list(self.worker.info.get("models", ()))
+        self.worker.check_ready()
+        return list(self.worker.info["models"])
 
     async def close(self) -> None:
-        """As `interface.Engine`."""
-        await self.worker.close()
+        """Nothing: whoever started its process ends it."""

@@ -10,8 +10,20 @@ import pytest
 from attrs import evolve
 
 from medvl.serve.interface import End, Piece, Refused
-from medvl.serve.worker import Calls, LocalEngine, Worker
+from medvl.serve.worker import Calls, LocalEngine, Result, Worker
 from tests.serve import served_toy
+
+
+class Unreadable:
+    """What cannot be unpickled."""
+
+    def __reduce__(self):
+        return int, ("Jane Doe, MRN 4711",)
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.001)
 
 
 def slow_echo(post, emit):
@@ -21,13 +33,46 @@ def slow_echo(post, emit):
         time.sleep(seconds)
         return text * 2
 
+    def miss():
+        raise FileNotFoundError("Jane Doe, MRN 4711")
+
     def fail():
         raise ValueError("Jane Doe, MRN 4711")
 
     def crash():
-        raise KeyError("Jane Doe, MRN 4711")
+        raise RuntimeError("Jane Doe, MRN 4711")
 
-    return Calls(emit, {"echo": echo, "fail": fail, "crash": crash}, {"answer": 42})
+    return Calls(emit, {"echo": echo, "fail": fail, "miss": miss, "crash": crash}, {"answer": 42})
+
+
+class Teller:
+    """A service that tells a piece of each call when it is called with `more`, also of those that were given up."""
+
+    def __init__(self, post, emit):
+        self.info = {}
+        self._emit, self._asked, self._steps = emit, {}, 0
+
+    def submit(self, call, content):
+        if content == "more":
+            self._steps += 1
+            self._emit(call, Result(None))
+        else:
+            self._asked[call] = content
+
+    def cancel(self, call):
+        """It is slow to notice."""
+
+    @property
+    def is_idle(self):
+        return not self._steps
+
+    def load(self):
+        return {}
+
+    def work(self, interrupted):
+        self._steps -= 1
+        for call, content in self._asked.items():
+            self._emit(call, Piece(text=content))
 
 
 def broken(post, emit):
@@ -71,9 +116,97 @@ def test_a_crash_says_where_and_not_what(caplog):
         return refused.value
 
     text = str(run(scenario, "tests.serve.test_worker:slow_echo")) + caplog.text
-    assert "KeyError" in text
+    assert "RuntimeError" in text
     assert "Jane" not in text
     assert "4711" not in text
+
+
+def test_an_error_of_one_call_ends_no_process():
+    async def scenario(worker):
+        pid = worker.pid
+        with pytest.raises(Refused) as refused:
+            await worker.call("c", "miss")
+        assert refused.value.status == 500
+        assert "Jane" not in str(refused.value)
+        assert await worker.call("c", "echo", text="z") == "zz"
+        assert (worker.pid, worker.restarts) == (pid, 0)
+
+    run(scenario, "tests.serve.test_worker:slow_echo")
+
+
+def test_the_log_of_an_error_says_where_and_not_what(caplog):
+    service = slow_echo(None, lambda call, event: None)
+    service.submit("c", ("miss", {}))
+    service.work(lambda: False)
+    assert "FileNotFoundError in" in caplog.text
+    assert "Jane" not in caplog.text
+
+
+def test_a_call_that_cannot_be_sent_is_refused_and_stops_no_other():
+    """A body may nest deeper than can be passed to a process."""
+
+    async def scenario(worker):
+        deep = []
+        for _ in range(5000):
+            deep = [deep]
+        with pytest.raises(Refused, match="too deep") as refused:
+            await worker.call("a", "echo", 30, text=deep)
+        assert refused.value.status == 400
+        assert await worker.call("b", "echo", 30, text="x") == "xx"
+        assert worker.restarts == 0
+
+    run(scenario, "tests.serve.test_worker:slow_echo")
+
+
+def test_a_process_that_cannot_read_a_call_is_replaced():
+    async def scenario(worker):
+        with pytest.raises(Refused) as refused:
+            await worker.call("a", "echo", 30, text=Unreadable())
+        assert refused.value.status == 502
+        await worker.wait_ready()
+        assert await worker.call("b", "echo", 30, text="x") == "xx"
+        assert worker.restarts == 1
+
+    run(scenario, "tests.serve.test_worker:slow_echo")
+
+
+def test_a_process_that_cannot_be_started_now_is_started_later(monkeypatch):
+    async def scenario(worker):
+        start, failures = worker.start, [OSError("too many open files")]
+
+        def start_at_second_try():
+            if failures:
+                raise failures.pop()
+            start()
+
+        monkeypatch.setattr(worker, "start", start_at_second_try)
+        os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: worker.state == "loading")
+        await worker.wait_ready()
+        assert await worker.call("b", "echo", 30, text="x") == "xx"
+        assert worker.restarts == 2
+
+    run(scenario, "tests.serve.test_worker:slow_echo")
+
+
+def test_a_request_sent_again_hears_nothing_of_the_first():
+    """The process still answers the one that was given up, whose id the second one has."""
+
+    async def scenario(worker):
+        async with aclosing(worker.stream("id", "first", 30)) as first:
+            asking = asyncio.create_task(anext(first))
+            await until(lambda: worker.pending)
+            async with aclosing(worker.stream("a", "more", 30)) as more:
+                await anext(more)
+            assert (await asking).text == "first"
+        async with aclosing(worker.stream("id", "second", 30)) as second:
+            asking = asyncio.create_task(anext(second))
+            await until(lambda: worker.pending)
+            async with aclosing(worker.stream("b", "more", 30)) as more:
+                await anext(more)
+            assert (await asking).text == "second"
+
+    run(scenario, "tests.serve.test_worker:Teller")
 
 
 def test_what_cannot_be_opened_is_said():
@@ -87,11 +220,11 @@ def test_what_cannot_be_opened_is_said():
 def test_too_many_too_late_and_twice():
     async def scenario(worker):
         slow = asyncio.create_task(worker.call("a", "echo", text="x", seconds=0.5))
-        await asyncio.sleep(0.05)
+        await until(lambda: worker.pending == 1)
         with pytest.raises(Refused) as twice:
             await worker.call("a", "echo", text="x")
         late = asyncio.create_task(worker.call("b", "echo", 0.1, text="x"))
-        await asyncio.sleep(0)
+        await until(lambda: worker.pending == 2)
         with pytest.raises(Refused) as full:
             await worker.call("c", "echo", text="x")
         with pytest.raises(Refused) as too_late:
@@ -107,9 +240,9 @@ def test_too_many_too_late_and_twice():
 def test_closing_finishes_what_is_under_way():
     async def scenario(worker):
         slow = asyncio.create_task(worker.call("a", "echo", text="x", seconds=0.5))
-        await asyncio.sleep(0.05)
+        await until(lambda: worker.pending)
         closing = asyncio.create_task(worker.close())
-        await asyncio.sleep(0.05)
+        await until(lambda: worker.state == "closed")
         with pytest.raises(Refused) as refused:
             await worker.call("b", "echo", text="x")
         await closing
