@@ -20,7 +20,7 @@ from medvl.documents.rules import repair_word
 from medvl.documents.words import Box, Word
 
 Status = Literal["verified", "same", "similar", "elsewhere", "missing"]
-WarningKind = Literal["flag", "range", "unit", "number"]
+WarningKind = Literal["flag", "range", "unit", "number", "patient", "empty"]
 _FREE_TEXTS = ("text", "procedures/", "diagnoses/")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import define, evolve, field, frozen
 
-from medvl.documents.evidence import Evidence
+from medvl.documents.evidence import Contradiction, Evidence
 from medvl.documents.fields import Fields
 from medvl.documents.fields_schema import fields_schema
 from medvl.serve.backend import Backend
@@ -59,6 +59,7 @@ class Extraction:
     fields: Fields | None  # None with an own schema
     evidence: Evidence | None  # None where it was not wanted, or with an own schema
     page_evidence: tuple[Evidence, ...] = ()  # with an own schema, of each page
+    warnings: tuple[Contradiction, ...] = ()  # about whole pages
     seconds: dict[str, float] = field(factory=dict)
 
 
@@ -174,7 +175,9 @@ async def _check(
         checked = await checker.call(
             f"{call}/check", "check", 0, answers=answers, pages=words, strict=wish.strict
         )
-        return Extraction(pages=tuple(pages), fields=checked.fields, evidence=checked.evidence)
+        return Extraction(
+            pages=tuple(pages), fields=checked.fields, evidence=checked.evidence, warnings=checked.warnings
+        )
     for page in pages:
         page.tree = _parse(page)
     evidence = []

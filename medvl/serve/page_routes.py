@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from medvl.documents.evidence import Evidence
+from medvl.documents.evidence import Contradiction, Evidence
 from medvl.documents.fields import fields_to_json, json_leaves, leaves
 from medvl.documents.fields_schema import read_schema
 from medvl.serve import extract, fhir, interface, responses
@@ -90,6 +90,9 @@ def add_routes(app: FastAPI, site: Site) -> None:
         extraction = await until_gone(request, extract.extract(site.backend, seen().id, form.files, wish))
         _count_extraction(site, extraction)
         if as_fhir:
+            if any(warning.kind == "patient" for warning in extraction.warnings):
+                # All resources of a Bundle are about its one Patient.
+                raise Refused(422, "the pages name different patients: send each document by itself")
             bundle = await asyncio.to_thread(_bundle, extraction, seen().id, app.version)
             return Response(json.dumps(bundle), media_type="application/fhir+json")
         return _extracted(extraction)
@@ -158,7 +161,7 @@ def _count_extraction(site: Site, extraction: Extraction) -> None:
         count_end(site, page.end)
     for value in _values(extraction):
         site.metrics.values.labels(value.status).inc()
-    for warning in extraction.evidence.warnings if extraction.evidence else ():
+    for warning in _warnings(extraction):
         site.metrics.warnings.labels(warning.kind).inc()
 
 
@@ -183,6 +186,10 @@ def _values(extraction: Extraction) -> list[responses.FoundValue]:
     ]
 
 
+def _warnings(extraction: Extraction) -> tuple[Contradiction, ...]:
+    return (*extraction.warnings, *(extraction.evidence.warnings if extraction.evidence else ()))
+
+
 def _value(value: Any, path: str, page: int | None) -> responses.FoundValue:
     return responses.FoundValue(
         path=path,
@@ -200,7 +207,7 @@ def _extracted(extraction: Extraction) -> responses.Extracted:
     values = _values(extraction)
     warnings = [
         responses.FoundWarning(path=warning.path, kind=warning.kind, message=warning.message)
-        for warning in (extraction.evidence.warnings if extraction.evidence else ())
+        for warning in _warnings(extraction)
     ]
     cut = [page for page in extraction.pages if page.end and page.end.reason == "length"]
     for page in cut:

@@ -4,15 +4,16 @@ Each function runs in a process of its own, since decoders of pictures may crash
 """
 
 import io
+import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve, fields_dict, frozen
 from PIL import Image
 
-from medvl.documents.evidence import Evidence, check_fields, drop_unverified
-from medvl.documents.fields import Fields, json_leaves, read_answer
+from medvl.documents.evidence import Contradiction, Evidence, check_fields, drop_unverified
+from medvl.documents.fields import Fields, Patient, json_leaves, leaves, read_answer
 from medvl.documents.words import Word
 from medvl.serve import uploads
 from medvl.serve.uploads import Limits
@@ -20,6 +21,7 @@ from medvl.serve.worker import Calls
 
 _OPEN_S = 30  # seconds in which the files of a request must be open
 _PICTURE_PIXELS = 1600  # on the longer side of the picture of a page
+_FEW_WORDS = 5  # a page with fewer may well state nothing
 _LISTS = ("diagnoses", "medications", "labs", "vitals", "procedures")
 
 
@@ -29,6 +31,7 @@ class Checked:
 
     fields: Fields
     evidence: Evidence | None  # None where the pages were not read
+    warnings: tuple[Contradiction, ...] = ()  # about whole pages
 
 
 def open_opener(
@@ -86,32 +89,60 @@ def check_answers(answers: Sequence[str], pages: Sequence[Sequence[Word]] | None
         pages: the words of each page; None = they are not compared.
         strict: what no page shows is left out.
     """
-    fields = merge_fields([read_answer(answer) for answer in answers])
+    stated = [read_answer(answer) for answer in answers]
+    fields = merge_fields(stated)
+    warnings = (*_other_patients(stated), *_empty_answers(stated, pages))
     if pages is None:
-        return Checked(fields=fields, evidence=None)
+        return Checked(fields=fields, evidence=None, warnings=warnings)
     evidence = check_fields(fields, pages)
     if strict:
         fields, evidence = drop_unverified(fields, evidence)
-    return Checked(fields=fields, evidence=evidence)
+    return Checked(fields=fields, evidence=evidence, warnings=warnings)
 
 
 def merge_fields(pages: Sequence[Fields]) -> Fields:
-    """The fields of the pages of one document: lists one behind the other, the patient as first stated."""
-    first = pages[0]
-    patient = first.patient
+    """The fields of the pages of one document: lists one behind the other, the patient as first stated.
+
+    A page adds to the patient only what the pages before leave open, and nothing where it names another one.
+    """
+    patient = pages[0].patient
     for page in pages[1:]:
-        missing = {
-            name: getattr(page.patient, name)
-            for name in ("name", "sex", "age", "record", "date")
-            if not getattr(patient, name)
-        }
-        patient = evolve(patient, **missing)
+        if not _contradicts(patient, page.patient):
+            open_parts = [name for name in fields_dict(Patient) if not getattr(patient, name)]
+            patient = evolve(patient, **{name: getattr(page.patient, name) for name in open_parts})
     lists = {name: tuple(entry for page in pages for entry in getattr(page, name)) for name in _LISTS}
     kind = next((page.kind for page in pages if page.kind), "")
     text = "\n".join(page.text for page in pages if page.text)
     # As the worst of them was read: "empty" or "prose" is what somebody must know of.
-    read_as = "prose" if any(page.read_as == "prose" for page in pages) else first.read_as
-    return evolve(first, kind=kind, patient=patient, text=text, read_as=read_as, **lists)
+    read_as = "prose" if any(page.read_as == "prose" for page in pages) else pages[0].read_as
+    return evolve(pages[0], kind=kind, patient=patient, text=text, read_as=read_as, **lists)
+
+
+def _contradicts(one: Patient, other: Patient) -> bool:
+    """Whether two pages cannot be about one patient: another name (whatever the order of its parts) or record."""
+    names = [{*re.findall(r"\w+", patient.name.casefold())} for patient in (one, other)]
+    records = ["".join(re.findall(r"\w+", patient.record.casefold())) for patient in (one, other)]
+    return (all(names) and names[0] != names[1]) or (all(records) and records[0] != records[1])
+
+
+def _other_patients(pages: Sequence[Fields]) -> Iterator[Contradiction]:
+    patients = [page.patient for page in pages]
+    for number, patient in enumerate(patients):
+        if any(_contradicts(before, patient) for before in patients[:number]):
+            message = f"page {number} of the document names another patient: send each document by itself"
+            yield Contradiction(path="patient/name", kind="patient", message=message)
+
+
+def _empty_answers(
+    pages: Sequence[Fields], words: Sequence[Sequence[Word]] | None
+) -> Iterator[Contradiction]:
+    for number, page in enumerate(pages):
+        count = None if words is None else len(words[number])
+        if not leaves(page) and (count is None or count >= _FEW_WORDS):
+            seen = "" if count is None else f", which shows {count} words"
+            yield Contradiction(
+                path="", kind="empty", message=f"the answer states nothing of page {number}{seen}"
+            )
 
 
 def check_json(trees: Sequence[Any], pages: Sequence[Sequence[Word]]) -> list[Evidence]:

@@ -6,10 +6,10 @@ import json
 import pytest
 from PIL import Image
 
-from medvl.documents.fields import Fields, Lab, Medication, Patient, leaves, read_answer
-from medvl.documents.words import overlap
+from medvl.documents.fields import Fields, Lab, Medication, Patient, fields_to_json, leaves, read_answer
+from medvl.documents.words import Word, overlap
 from medvl.serve.fhir import check_bundle
-from medvl.serve.pages import merge_fields
+from medvl.serve.pages import check_answers, merge_fields
 from tests.serve import scripted, toy_service
 
 pytest.importorskip("rapidocr")
@@ -127,11 +127,48 @@ def test_a_schema_of_the_client_has_evidence_too(service):
 
 
 def test_fields_of_pages_are_joined():
-    a = Fields(kind="lab results", patient=Patient(name="A", age="50"), labs=[Lab("K", "4.0")], text="x")
+    a = Fields(
+        kind="lab results", patient=Patient(name="Doe, Jane", age="50"), labs=[Lab("K", "4.0")], text="x"
+    )
     b = Fields(
-        kind="prescription", patient=Patient(name="B", sex="F"), medications=[Medication("M")], text="y"
+        kind="prescription",
+        patient=Patient(name="jane doe", sex="F"),
+        medications=[Medication("M")],
+        text="y",
     )
     joined = merge_fields([a, b, read_answer("")])
     assert joined.kind == "lab results"
-    assert joined.patient == Patient(name="A", age="50", sex="F")
+    assert joined.patient == Patient(name="Doe, Jane", age="50", sex="F")
     assert (joined.labs, joined.medications, joined.text) == (a.labs, b.medications, "x\ny")
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (Patient(name="Jane Doe", record="17"), False),
+        (Patient(record="4 7-1 1", age="60"), False),
+        (Patient(name="Jane Roe", sex="F"), True),
+        (Patient(record="4712", sex="F"), True),
+        (Patient(), False),
+    ],
+)
+def test_pages_of_two_patients_are_not_made_one(other, differs):
+    """Nothing of another patient is taken for the first one's, and a warning says which page it is."""
+    first = Fields(patient=Patient(name="Doe, Jane", record="" if other.record == "17" else "4711"))
+    answers = [fields_to_json(page) for page in (first, Fields(patient=other, labs=[Lab("K", "4.0")]))]
+    checked = check_answers(answers, None, False)
+    found = [warning.message for warning in checked.warnings if warning.kind == "patient"]
+    assert found == ["page 1 of the document names another patient: send each document by itself"] * differs
+    assert checked.fields.patient.sex == ""
+    assert checked.fields.patient.age == ("60" if other.age else "")
+
+
+def test_an_answer_that_states_nothing_is_warned_of():
+    words = [Word(text, (0, 0, 9, 9)) for text in ["Glucose", "98", "mg/dL", "70", "99", "N"]]
+    answers = ["{}", fields_to_json(Fields(text="x")), "{}", "{}"]
+    checked = check_answers(answers, [words, words, words[:2], words], False)
+    assert [warning.message for warning in checked.warnings] == [
+        "the answer states nothing of page 0, which shows 6 words",
+        "the answer states nothing of page 3, which shows 6 words",
+    ]
+    assert len(check_answers(answers, None, False).warnings) == 3
