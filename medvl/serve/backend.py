@@ -52,7 +52,8 @@ class Backend:
         try:
             return await self.opener.call(call, "open", wish.deadline_s, **arguments)
         except Refused as e:
-            if e.status != 502:
+            is_restarting = e.status == 503 and self.opener.restarts and not self.is_closing
+            if e.status != 502 and not is_restarting:
                 raise
         async with self._suspects:
             for _ in range(2):  # twice, as another that came meanwhile may do it, too

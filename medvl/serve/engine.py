@@ -170,11 +170,17 @@ class BatchEngine:
             Refused: they do not fit.
         """
         left = self.cfg.context - tokens
-        if left < max(1, asked):
+        if left < 1:
             raise Refused(
                 400,
-                f"a prompt of {tokens} tokens and max_tokens {max(1, asked)} must be at most {self.cfg.context} together; "
-                "ask for a shorter answer, or send fewer or smaller pages",
+                f"a prompt of {tokens} tokens must leave room for an answer within {self.cfg.context}; send fewer or "
+                "smaller pages, or less text",
+            )
+        if left < asked:
+            raise Refused(
+                400,
+                f"a prompt of {tokens} tokens and max_tokens {asked} must be at most {self.cfg.context} together; ask for a "
+                "shorter answer",
             )
         return asked or min(self.served.max_tokens, left)
 

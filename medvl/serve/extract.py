@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -16,6 +17,7 @@ from medvl.serve.backend import Backend
 from medvl.serve.interface import End, Piece, Request
 
 # What models are trained to answer with JSON (`phantoms/medical_words.toml`, "prompts").
+_DEEPEST = 64  # levels of JSON that are told
 PROMPT = "Extract all fields as JSON."
 
 
@@ -91,7 +93,7 @@ async def answer(backend: Backend, request: Request) -> tuple[str, End]:
             else:
                 end = event
     assert end is not None
-    return text, end
+    return _without_halves(text), end
 
 
 async def extract(backend: Backend, call: str, contents: Sequence[bytes], wish: Wish) -> Extraction:
@@ -173,23 +175,59 @@ async def _check(
     if wish.schema is None:
         answers = [page.answer for page in pages]
         checked = await checker.call(
-            f"{call}/check", "check", 0, answers=answers, pages=words, strict=wish.strict
+            f"{call}/check", "check", wish.deadline_s, answers=answers, pages=words, strict=wish.strict
         )
         return Extraction(
             pages=tuple(pages), fields=checked.fields, evidence=checked.evidence, warnings=checked.warnings
         )
-    for page in pages:
+    warnings = []
+    for number, page in enumerate(pages):
         page.tree = _parse(page)
+        if page.tree is None and page.end is not None and page.end.reason != "length":
+            message = f"the answer for page {number} is no JSON that can be told"
+            warnings.append(Contradiction(path="", kind="empty", message=message))
     evidence = []
     if words is not None:
         trees = [page.tree for page in pages]
-        evidence = await checker.call(f"{call}/check", "check_json", 0, trees=trees, pages=words)
-    return Extraction(pages=tuple(pages), fields=None, evidence=None, page_evidence=tuple(evidence))
+        evidence = await checker.call(
+            f"{call}/check", "check_json", wish.deadline_s, trees=trees, pages=words
+        )
+    return Extraction(
+        pages=tuple(pages),
+        fields=None,
+        evidence=None,
+        page_evidence=tuple(evidence),
+        warnings=tuple(warnings),
+    )
 
 
 def _parse(page: Page) -> Any:
-    """The JSON of an answer; None where max_tokens cut it."""
+    """The JSON of an answer; None where it is none (cut by max_tokens, NaN) or stands too deep to be told."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(constant)
+
     try:
-        return json.loads(page.answer)
-    except ValueError:
+        tree = json.loads(page.answer, parse_constant=refuse)
+    except (ValueError, RecursionError):
         return None
+    level = [tree]
+    for _ in range(_DEEPEST):
+        level = [part for value in level for part in _parts(value)]
+    return None if level else tree
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+# Halves of UTF-16 pairs without the other half: JSON lets their escapes through, and no answer can be written with them.
+_HALVES = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
+
+def _without_halves(text: str) -> str:
+    return _HALVES.sub(r"\\ufffd", text.encode("utf-8", "replace").decode())

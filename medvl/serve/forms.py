@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -62,9 +63,12 @@ class Form:
             Refused: something else.
         """
         try:
-            return tuple(float(part) for part in self.texts.get(name, "").split(",") if part.strip())
+            numbers = tuple(float(part) for part in self.texts.get(name, "").split(",") if part.strip())
         except ValueError:
-            raise Refused(422, f"{name} must be numbers with commas between them") from None
+            numbers = (math.nan,)
+        if not all(map(math.isfinite, numbers)):
+            raise Refused(422, f"{name} must be numbers with commas between them")
+        return numbers
 
 
 async def read_form(request: Request, limits: Limits, names: Sequence[str]) -> Form:

@@ -52,6 +52,8 @@ class RemoteEngine:
                         finish = choice if choice.get("finish_reason") else finish
                         if piece := (choice.get("delta") or {}).get("content"):
                             first_s = first_s or time.monotonic() - start
+                            # Half a UTF-16 pair, which JSON lets through, cannot be passed on.
+                            piece = piece.encode("utf-8", "replace").decode()
                             text += piece
                             yield Piece(text=piece)
         finally:

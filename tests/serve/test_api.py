@@ -122,6 +122,9 @@ FORMS = {
     "a window": ({"window": "5,1"}, {"file": png()}, 422, "window"),
     "a page that is not there": ({"pages": "3"}, {"file": png()}, 422, "page"),
     "pages that are none": ({"pages": "Jane"}, {"file": png()}, 422, "pages must be numbers"),
+    "pages that are no number": ({"pages": "nan"}, {"file": png()}, 422, "pages must be numbers"),
+    "an endless page": ({"pages": "inf"}, {"file": png()}, 422, "pages must be numbers"),
+    "an endless window": ({"window": "0,1e400"}, {"file": png()}, 422, "window must be numbers"),
     "an adapter": ({"adapter": "Jane"}, {"file": png()}, 400, "adapter: there are liver"),
     "a mixture that is none": ({"adapter": '{"liver": "Jane"}'}, {"file": png()}, 422, "adapter must be"),
 }
@@ -167,7 +170,7 @@ BODIES = {
     "too long a prompt": (
         chat_body(messages=[{"role": "user", "content": "glucose " * 500}]),
         400,
-        "at most 400",
+        "within 400",
     ),
 }
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from medvl.documents.fields import Fields, Lab, Medication, Patient, fields_to_json, leaves, read_answer
 from medvl.documents.words import Word, overlap
+from medvl.serve import extract
 from medvl.serve.fhir import check_bundle
 from medvl.serve.pages import check_answers, merge_fields
 from tests.serve import scripted, toy_service
@@ -172,3 +173,27 @@ def test_an_answer_that_states_nothing_is_warned_of():
         "the answer states nothing of page 3, which shows 6 words",
     ]
     assert len(check_answers(answers, None, False).warnings) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "tree"),
+    [
+        ('{"a": [1, 2]}', {"a": [1, 2]}),
+        ("[" * 60 + "]" * 60, ...),
+        ("[" * 65 + "]" * 65, None),
+        ('{"a":' * 5000, None),
+        ("[" * 3000 + "]" * 3000, None),
+        ('{"a": NaN}', None),
+        ('{"a": Infinity}', None),
+        ("Jane", None),
+    ],
+)
+def test_answers_of_an_own_schema_that_cannot_be_told_are_none(answer, tree):
+    found = extract._parse(extract.Page(file=0, number=0, width=1, height=1, answer=answer))
+    assert (found is not None) if tree is ... else found == tree
+
+
+def test_halves_of_characters_are_replaced():
+    """An escape of half a UTF-16 pair is valid JSON, and no response can be written with it."""
+    text = r'{"a": "\ud83d\ude00 \ud83d x \ude00", "b": "' + "\ud83d" + '"}'
+    assert json.loads(extract._without_halves(text)) == {"a": "😀 \ufffd x \ufffd", "b": "?"}
