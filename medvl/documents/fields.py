@@ -101,7 +101,10 @@ def leaves(fields: Fields) -> dict[str, str]:
 
 
 def json_leaves(tree: Any) -> dict[str, str]:
-    """The texts and numbers of any JSON by path, as `leaves` has those of a page; true, false and null are not printed."""
+    """The texts and numbers of any JSON by path, as `leaves` has those of a page; true, false and null are not printed.
+
+    In keys "/" is written ~1 and "~" is ~0, as in JSON pointers (RFC 6901).
+    """
     found: dict[str, str] = {}
     todo: list[tuple[str, Any]] = [("", tree)]
     while todo:
@@ -109,10 +112,16 @@ def json_leaves(tree: Any) -> dict[str, str]:
         if isinstance(value, dict | list):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             # From the last on, as the last of the list is taken first.
-            todo += reversed([(f"{path}/{key}".lstrip("/"), part) for key, part in items])
+            todo += reversed(
+                [(f"{path}/{_escaped(str(key))}".removeprefix("/"), part) for key, part in items]
+            )
         elif isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
             found[path] = str(value)
     return found
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")
 
 
 def _is_stated(attribute: Any, value: Any) -> bool:

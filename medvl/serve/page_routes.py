@@ -85,6 +85,8 @@ def add_routes(app: FastAPI, site: Site) -> None:
         form = await read_form(request, site.cfg.limits, names)
         as_fhir = _wants_fhir(request, form)
         wish = read_wish(form, site)
+        if wish.strict and wish.schema is not None:
+            raise Refused(422, "strict is for our own fields: leave it or schema out, and see `unverified`")
         if as_fhir and wish.schema is not None:
             raise Refused(422, "FHIR is made of our own fields: leave schema out, or format")
         extraction = await until_gone(request, extract.extract(site.backend, seen().id, form.files, wish))
@@ -172,7 +174,9 @@ def _values(extraction: Extraction) -> list[responses.FoundValue]:
         return [_value(value, value.path, value.page) for value in evidence.values]
     if pages:
         return [
-            _value(value, f"{i}/{value.path}", i) for i, page in enumerate(pages) for value in page.values
+            _printed(_value(value, f"{i}/{value.path}", i))
+            for i, page in enumerate(pages)
+            for value in page.values
         ]
     # Pages that were not read show nothing: no value may look as if it were verified.
     texts = (
@@ -184,6 +188,11 @@ def _values(extraction: Extraction) -> list[responses.FoundValue]:
         responses.FoundValue(path=path, text=text, status="unchecked", verified=False)
         for path, text in texts.items()
     ]
+
+
+def _printed(value: responses.FoundValue) -> responses.FoundValue:
+    """A value of an own schema: that it stands on the page does not say that it belongs where the answer has it."""
+    return value.model_copy(update={"status": "printed", "verified": False}) if value.verified else value
 
 
 def _warnings(extraction: Extraction) -> tuple[Contradiction, ...]:

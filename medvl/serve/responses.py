@@ -32,7 +32,8 @@ class FoundValue(BaseModel):
 
     path: str  # in `fields`, as labs/0/value
     text: str
-    status: str  # verified, same, elsewhere, similar, missing; unchecked where pages were not read
+    # verified, same, elsewhere, similar, missing; printed with an own schema, unchecked where pages were not read
+    status: str
     verified: bool
     page: int | None = None  # of `pages`
     box: tuple[float, float, float, float] | None = None  # left, top, right, bottom in pixels of the page

@@ -11,6 +11,7 @@ from medvl.documents.fields import (
     Patient,
     Vital,
     fields_to_json,
+    json_leaves,
     leaves,
     read_answer,
 )
@@ -253,3 +254,9 @@ def test_prose_as_models_write_it(answer, expected):
 def test_what_models_write_for_nothing_is_nothing():
     answer = '{"diagnoses":["None"],"medications":"N/A","labs":[{"name":"Na","value":"140","flag":"null","unit":null}]}'
     assert read_answer(answer) == Fields(labs=[Lab("Na", "140")])
+
+
+def test_leaves_of_any_json_have_paths_of_their_own():
+    tree = {"a/b": "x", "a": {"b": 8}, "c~": ["y", {"": 2.5}], "d": [None, True, " ", {}], "e": 0}
+    assert json_leaves(tree) == {"a~1b": "x", "a/b": "8", "c~0/0": "y", "c~0/1/": "2.5", "e": "0"}
+    assert json_leaves("x") == {"": "x"}

@@ -119,6 +119,12 @@ FORMS = {
         422,
         "FHIR",
     ),
+    "strictness of another schema": (
+        {"schema": '{"type": "object", "properties": {"a": {"type": "string"}}}', "strict": "true"},
+        {"file": png()},
+        422,
+        "strict is for our own fields",
+    ),
     "a window": ({"window": "5,1"}, {"file": png()}, 422, "window"),
     "a page that is not there": ({"pages": "3"}, {"file": png()}, 422, "page"),
     "pages that are none": ({"pages": "Jane"}, {"file": png()}, 422, "pages must be numbers"),
