@@ -46,6 +46,26 @@ _TYPES = (*_KEYWORDS, "integer", "boolean", "null")
 _KNOWN = {"type", *_CHOICES, *(name for names in _KEYWORDS.values() for name in names)}
 
 
+def error_without_names(error: ValueError, schema: Any) -> str:
+    """The message of `bounded_schema` or a grammar with "..." for what the schema names itself: that may be a patient."""
+    message = str(error)
+    todo, names = [schema], set[str]()
+    while todo:
+        part = todo.pop()
+        if isinstance(part, Mapping):
+            names |= {str(key) for key in part}
+            todo += part.values()
+        elif isinstance(part, list):
+            todo += part
+        elif isinstance(part, str):
+            names.add(part)
+    for name in sorted(
+        names - _KNOWN - _ANNOTATIONS - {*_TYPES, "$defs", "definitions", ""}, key=len, reverse=True
+    ):
+        message = message.replace(name, "...")
+    return message
+
+
 def bounded_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema whose documents are documents of this one, and are bounded.
 

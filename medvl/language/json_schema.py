@@ -43,10 +43,15 @@ def schema_grammar(tok: Any, vocabulary: int, end: Sequence[int]) -> Callable[[M
 
     tokenizer = _byte_tokenizer(tok, vocabulary, end)
     ends = {*end}
+    special = [str(token) for token in tok.all_special_tokens]
 
     def grammar(schema: Mapping[str, Any]) -> Allowed:
         bounded = bounded_schema(schema) | {"x-guidance": _OPTIONS}
-        text = llguidance.LLMatcher.grammar_from_lark(_GRAMMAR.format(schema=json.dumps(bounded)))
+        # Written in an answer they would be read as the token itself, such as the end.
+        written = json.dumps(bounded, ensure_ascii=False)
+        if any(token in written for token in special):
+            raise ValueError("schema: $: must not hold special tokens of the tokenizer; rename what does")
+        text = llguidance.LLMatcher.grammar_from_lark(_GRAMMAR.format(schema=written))
         # At a level above 0 it prints errors, which hold the answer.
         matcher = llguidance.LLMatcher(tokenizer, text, log_level=0)
         # Schemas that no document fits show here at the latest.

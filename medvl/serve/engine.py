@@ -29,6 +29,7 @@ from medvl.language import (
     sampling,
     vlm,
 )
+from medvl.language.bounded_schema import error_without_names
 from medvl.language.conversations import Conversation
 from medvl.language.rows_in_flight import Rows
 from medvl.language.sampling import Allowed, Sampling
@@ -39,6 +40,7 @@ from medvl.weights import lazy
 
 _log = logging.getLogger(__name__)
 Emit = Callable[[str, Piece | End | Refused], None]  # (id of the request, what there is of its answer)
+_LETTERS = 16  # of a token, at most, on average over a text: of English it is four
 _MASK_FAILED = -9  # in the place of a token, beside the negative numbers of `sampling.choose_tokens`
 _CONTEXT = 16384  # tokens, where nothing else is said: a page at 300 dpi has up to 11,000
 
@@ -130,6 +132,7 @@ class BatchEngine:
         arrived = time.monotonic()
         served = self.served
         conversation = _conversation_of(request)
+        self._check_text(request)
         try:
             mixture = find_mixture(served, request.adapter, conversation)
             if served.chat.cfg.ocr:
@@ -146,7 +149,7 @@ class BatchEngine:
             )
             allowed = None
             if request.schema is not None:
-                allowed = self._grammar(wanted.end)(request.schema)
+                allowed = self._allowed(wanted.end, request.schema)
             batch = chat.make_batch(served.chat, prompts, [0], side="left")
         except Refused:
             raise
@@ -162,6 +165,20 @@ class BatchEngine:
             tokens=tokens,
             arrived=arrived,
         )
+
+    def _check_text(self, request: Request) -> None:
+        """Refuse a text that cannot fit, before it is tokenised: of megabytes that takes a minute.
+
+        Raises:
+            Refused: more characters than any tokens of the context can have.
+        """
+        most = _LETTERS * self.cfg.context
+        letters = sum(len(message["content"]) for message in request.messages)
+        if letters > most:
+            raise Refused(
+                400,
+                f"messages must have at most {most:,} characters for a context of {self.cfg.context} tokens, got {letters:,}",
+            )
 
     def _max_tokens(self, asked: int, tokens: int) -> int:
         """Tokens that an answer to a prompt may have: as asked, else as the model is used to, as far as they fit.
@@ -184,10 +201,18 @@ class BatchEngine:
             )
         return asked or min(self.served.max_tokens, left)
 
-    def _grammar(self, end: tuple[int, ...]) -> Any:
+    def _allowed(self, end: tuple[int, ...], schema: Mapping[str, Any]) -> Allowed:
+        """The masks of an answer under a schema.
+
+        Raises:
+            Refused: a schema that cannot be kept to.
+        """
         if self._of_schema is None:
             self._of_schema = json_schema.schema_grammar(self.served.chat.tokenizer, self._vocabulary, end)
-        return self._of_schema
+        try:
+            return self._of_schema(schema)
+        except ValueError as e:
+            raise Refused(400, error_without_names(e, schema)) from e
 
     def submit(self, prepared: Prepared) -> None:
         """Let a request wait for its turn."""

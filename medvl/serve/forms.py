@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from medvl.serve.interface import Refused
 from medvl.serve.uploads import Limits
 
 T = TypeVar("T")
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it quotes bytes of broken forms
 _FIELD_BYTES = 2**20  # of a part of a form that is no file
 
 
@@ -80,7 +82,7 @@ async def read_form(request: Request, limits: Limits, names: Sequence[str]) -> F
         Refused: 415 another type of body; 400 a broken one; 413 too long; 422 a part that is not known.
     """
     kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
+    if not kind.lower().startswith("multipart/form-data"):
         raise Refused(415, "a body must be multipart/form-data with the document in parts named 'file'")
     parser = MultiPartParser(
         request.headers,
@@ -126,7 +128,7 @@ async def read_json(request: Request, kind: type[T]) -> T:
     Raises:
         Refused: 415, 400 for what is no JSON, 422 for fields; the message names them and holds nothing of their values.
     """
-    media = request.headers.get("content-type", "").partition(";")[0].strip()
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise Refused(415, "a body must be application/json")
     body = b"".join([part async for part in request.stream()])

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from medvl.documents.evidence import Contradiction, Evidence
 from medvl.documents.fields import fields_to_json, json_leaves, leaves
 from medvl.documents.fields_schema import read_schema
+from medvl.language.bounded_schema import error_without_names
 from medvl.serve import extract, fhir, interface, responses
 from medvl.serve.extract import Extraction, Wish
 from medvl.serve.forms import Form, form_schema, read_adapter, read_form, until_gone
@@ -41,6 +42,10 @@ _WISHES = (
 )
 
 
+_OF_FIELDS = ("evidence", "strict", "pictures", "format")  # what makes no sense of a text
+_ANALYSES = (*(name for name in _WISHES if name not in _OF_FIELDS), "stream", "temperature")
+
+
 def read_wish(form: Form, site: Site) -> Wish:
     """What a form asks for.
 
@@ -53,7 +58,7 @@ def read_wish(form: Form, site: Site) -> Wish:
         try:
             schema = read_schema(text)
         except ValueError as e:
-            raise Refused(422, str(e)) from None
+            raise Refused(422, _without_names(e, text)) from None
     window = form.numbers("window")
     if window and (len(window) != 2 or not window[0] < window[1]):
         raise Refused(422, "window must be black,white with black < white")
@@ -72,6 +77,14 @@ def read_wish(form: Form, site: Site) -> Wish:
         pictures=form.flag("pictures", False),
         deadline_s=form.number("deadline_s", cfg.deadline_s, 0.1, cfg.deadline_s),
     )
+
+
+def _without_names(error: ValueError, text: str) -> str:
+    """The message of an error in a schema without what the schema names."""
+    try:
+        return error_without_names(error, json.loads(text))
+    except (ValueError, RecursionError):
+        return "schema: it is not JSON"
 
 
 def add_routes(app: FastAPI, site: Site) -> None:
@@ -102,11 +115,11 @@ def add_routes(app: FastAPI, site: Site) -> None:
     @app.post(
         "/analyze",
         response_model=responses.Analysed,
-        openapi_extra=form_schema("Analyze", (*_WISHES, "stream")),
+        openapi_extra=form_schema("Analyze", _ANALYSES),
     )
     async def analyze(request: Request) -> Any:
         """What the model says of pages, as text; streamed with stream=true."""
-        form = await read_form(request, site.cfg.limits, (*_WISHES, "stream", "temperature"))
+        form = await read_form(request, site.cfg.limits, _ANALYSES)
         wish = read_wish(form, site)
         begun = time.monotonic()
         opened = await extract.open_files(site.backend, seen().id, form.files, wish)
