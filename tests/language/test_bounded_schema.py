@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from medvl.language.bounded_schema import MAX_BYTES, MAX_DEPTH, MAX_NAMES, bounded_schema
+from medvl.language.bounded_schema import MAX_BYTES, MAX_DEPTH, MAX_NAMES, bounded_schema, error_without_names
 from tests.naive_schema import is_valid, read_document
 
 
@@ -162,3 +162,14 @@ def test_a_schema_as_deep_as_python_goes_is_refused():
 def test_it_loads_no_torch():
     code = "import sys; import medvl.language.bounded_schema; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_errors_can_be_told_without_what_a_schema_names():
+    """A name in a schema may be a patient's: its place stays, and the words of JSON schema."""
+    schema = {"type": "object", "properties": {"Jane Doe": {"anyOf": [{"type": "Jane"}, {"Jane Doe Jr": 1}]}}}
+    with pytest.raises(ValueError, match="Jane") as error:
+        bounded_schema(schema)
+    message = error_without_names(error.value, schema)
+    assert "Jane" not in message
+    assert message.startswith("schema: $....")
+    assert "type must be" in message

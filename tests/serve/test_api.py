@@ -112,6 +112,12 @@ FORMS = {
     "a file in another part": ({}, {"Jane": png()}, 422, "part named 'file'"),
     "a format": ({"format": "Jane"}, {"file": png()}, 422, "format must be json or fhir"),
     "a schema that is no JSON": ({"schema": "Jane"}, {"file": png()}, 422, "schema"),
+    "a name in a schema": (
+        {"schema": '{"type": "object", "properties": {"Jane Doe": {"Jane": 1}}}'},
+        {"file": png()},
+        422,
+        "is not supported",
+    ),
     "a schema that is no object": ({"schema": '{"type": "string"}'}, {"file": png()}, 422, "schema"),
     "FHIR of another schema": (
         {"schema": '{"type": "object", "properties": {"a": {"type": "string"}}}', "format": "fhir"},
@@ -172,6 +178,33 @@ BODIES = {
         "schema",
     ),
     "a model": (chat_body(model="Jane"), 400, "adapter: there are liver"),
+    "far too long a prompt": (
+        chat_body(messages=[{"role": "user", "content": "a " * 400_000}]),
+        400,
+        "at most 6,400 characters for a context of 400 tokens, got 800,000",
+    ),
+    "a special token in a schema": (
+        chat_body(
+            response_format={
+                "type": "json_schema",
+                "json_schema": {
+                    "schema": {"type": "object", "properties": {"<|im_end|>": {"type": "string"}}}
+                },
+            }
+        ),
+        400,
+        "special tokens",
+    ),
+    "a name in a schema": (
+        chat_body(
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"schema": {"type": "object", "properties": {"Jane Doe": {"type": "Jane"}}}},
+            }
+        ),
+        400,
+        "schema: $....: type must be",
+    ),
     "a stop that is empty": (chat_body(stop=[""]), 400, "stop"),
     "too long a prompt": (
         chat_body(messages=[{"role": "user", "content": "glucose " * 500}]),
@@ -198,6 +231,23 @@ def check_refusal(answer, status, message):
     assert error["code"] == status
     assert "Jane" not in answer.text
     assert answer.headers["x-request-id"] == answer.json()["id"]
+
+
+def test_analyses_take_no_wishes_of_fields(web):
+    """They would be passed over, and who sends strict=true would believe that the text is checked."""
+    for name in ("strict", "evidence", "format", "pictures"):
+        answer = web.post("/analyze", files={"file": png()}, data={name: "true"})
+        check_refusal(answer, 422, "a form may have the parts")
+
+
+def test_media_types_are_of_any_case(web):
+    body = '--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nglucose\r\n--x--\r\n'
+    answer = web.post("/analyze", content=body, headers={"content-type": "Multipart/Form-Data; boundary=x"})
+    check_refusal(answer, 422, "a request must have a file")
+    answer = web.post(
+        "/v1/chat/completions", content=json.dumps(chat_body()), headers={"content-type": "Application/JSON"}
+    )
+    assert answer.status_code == 200
 
 
 def test_keys(service):
