@@ -3,19 +3,20 @@
 import asyncio
 import importlib.metadata
 import json
+import resource
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from medvl.serve import chat_routes, page_routes, responses, room_routes
 from medvl.serve.backend import Backend
-from medvl.serve.http import Guard, failure, read_keys, refusal_of, seen
+from medvl.serve.http import Guard, read_keys
 from medvl.serve.interface import Refused
 from medvl.serve.metrics import Metrics
 from medvl.serve.responses import DISCLAIMER
@@ -48,20 +49,16 @@ def make_app(backend: Backend) -> FastAPI:
         redoc_url=None,
     )
 
-    async def refuse(request: Request, error: Exception) -> JSONResponse:
-        refused = refusal_of(error)
-        headers = {"retry-after": str(refused.retry_after)} if refused.retry_after else {}
-        if refused.status == 413:
-            headers["connection"] = "close"  # what is left of the body is not read
-        body = failure(refused, seen().id).model_dump()
-        return JSONResponse(body, refused.status, headers)
+    async def leave_to_guard(request: Request, error: Exception) -> Response:
+        raise error
 
-    for kind in (Refused, HTTPException):
-        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(HTTPException, leave_to_guard)  # of addresses and methods that there are not
     app.add_middleware(
         Guard,
         digests=digests,
         body_bytes=lambda path: cfg.scan_bytes if path == "/ct/classify" else cfg.body_bytes,
+        all_bytes=cfg.all_bytes,
+        body_s=cfg.deadline_s,
         is_closing=lambda: backend.is_closing,
         done=site.metrics.add_request,
     )
@@ -133,7 +130,7 @@ def _resident_bytes(pid: int) -> int:
     """Memory of a process; 0 where the system does not say."""
     try:
         with open(f"/proc/{pid}/statm", encoding="ascii") as f:
-            return int(f.read().split()[1]) * 4096
+            return int(f.read().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return 0
 
@@ -142,11 +139,19 @@ def _read_results(backend: Backend) -> list[dict[str, Any]]:
     files = []
     for path in backend.result_files():
         text = path.read_text(encoding="utf-8")
-        rows = (
-            [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-        )
+        try:
+            lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+            rows = [json.loads(line) for line in lines]
+        except ValueError:  # it is being written
+            continue
+        # Answers lie beside results, with texts of patients: only rows of `Result` are shown.
+        if path.suffix == ".jsonl" and not all(
+            isinstance(row, dict) and {"what", "value"} <= {*row} for row in rows
+        ):
+            continue
         # Of a path only what names the run and the file.
-        files.append({"file": "/".join(path.parts[-3:]), "rows": rows})
+        name = "/".join(path.parts[-3:])
+        files.append({"file": name, "rows": _without_folders(rows if path.suffix == ".jsonl" else rows[0])})
     return files
 
 

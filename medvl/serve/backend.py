@@ -9,11 +9,9 @@ from attrs import define, field
 
 from medvl.base import config
 from medvl.serve.interface import Engine, Refused
-from medvl.serve.settings import ServeConfig
+from medvl.serve.settings import LANGUAGE_SYSTEMS, ServeConfig
 from medvl.serve.worker import LocalEngine, Worker
 
-# Whose runs are a language model that answers conversations; `models` opens them.
-LANGUAGE_SYSTEMS = ("tune", "document", "adapters")
 # By system: the first part of the routes, and how its process opens a run.
 _ROOMS = {
     "ct_clip": ("ct", "medvl.serve.rooms:open_ct"),
@@ -39,42 +37,53 @@ class Backend:
         factory=asyncio.Lock
     )  # held while a file is opened that may have ended the opener
 
-    async def open_files(self, call: str, contents: Sequence[bytes], wish: Any) -> list[list[Any]]:
+    async def open_files(self, call: str, contents: Sequence[bytes], **settings: Any) -> list[list[Any]]:
         """The pages of each file.
 
         A file may end the process that opens it, and with it the calls of others, which wait there. Those are opened
         again one by one, so that the file that did it is alone the second time.
 
+        Args:
+            settings: `chosen` and `window` of `uploads.open_uploads`.
         Raises:
             Refused: as `uploads.open_uploads`; 400 for files that end the process.
         """
-        arguments = {"contents": list(contents), "chosen": wish.pages, "window": wish.window}
+        settings = settings | {"contents": list(contents)}
         try:
-            return await self.opener.call(call, "open", wish.deadline_s, **arguments)
+            return await self.opener.call(call, "open", **settings)
         except Refused as e:
             is_restarting = e.status == 503 and self.opener.restarts and not self.is_closing
             if e.status != 502 and not is_restarting:
                 raise
         async with self._suspects:
             for _ in range(2):  # twice, as another that came meanwhile may do it, too
-                await asyncio.wait_for(self.opener.wait_ready(), wish.deadline_s)
                 try:
-                    return await self.opener.call(call, "open", wish.deadline_s, **arguments)
+                    await self.opener.wait_ready()
+                    return await self.opener.call(call, "open", **settings)
                 except Refused as e:
                     if e.status != 502:
                         raise
+                except ValueError:
+                    raise Refused(503, "files cannot be opened now", 10) from None
         raise Refused(
             400, "a file cannot be opened: it ends its decoder, or takes too long or too much memory"
         )
 
-    async def read_pages(self, call: str, images: Sequence[Any], deadline_s: float) -> list[Any]:
+    async def read_pages(self, call: str, images: Sequence[Any]) -> list[Any]:
         """The words of pages, each read by the process that has least to do."""
+        async with asyncio.TaskGroup() as tasks:  # where one fails, the others are cancelled
+            reading = [
+                tasks.create_task(self._read_page(f"{call}/{number}", image))
+                for number, image in enumerate(images)
+            ]
+        return [task.result() for task in reading]
 
-        async def read(number: int, image: Any) -> Any:
-            reader = min(self.readers, key=lambda worker: worker.pending)
-            return await reader.call(f"{call}/{number}", "read", deadline_s, image=image)
+    async def _read_page(self, call: str, image: Any) -> Any:
+        return await self.checker().call(call, "read", image=image)
 
-        return await asyncio.gather(*(read(number, image) for number, image in enumerate(images)))
+    def checker(self) -> Worker:
+        """What compares answers with pages: the reader that has least to do, else the opener."""
+        return min(self.readers, key=lambda reader: reader.pending, default=self.opener)
 
     def room(self, name: str) -> Worker:
         """Raises:
@@ -146,7 +155,8 @@ def make_backend(cfg: ServeConfig) -> Backend:
         sizes = (cfg.rows, cfg.cells, cfg.context)
         opener_of = "medvl.serve.engine:open_engine"
         engine_worker = Worker("model", opener_of, place, cfg.registry, cfg.threads, sizes, most=cfg.queue)
-        served, name = LocalEngine(engine_worker), Path(place or cfg.registry).stem
+        # As `models` calls it; the stem of a place would end at the point of a name such as Qwen2.5-VL.
+        served, name = LocalEngine(engine_worker), Path(cfg.registry).stem or Path(place).name
     elif not others:
         raise ValueError(
             "serve: give something to serve: --run RUN, --model MODEL, --registry FILE or --engine URL"

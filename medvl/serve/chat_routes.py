@@ -40,13 +40,12 @@ def add_routes(app: FastAPI, site: Site) -> None:
     async def chat_completions(request: Request) -> Any:
         """A conversation, with images as data: addresses, as OpenAI's clients send it."""
         body = await read_json(request, ChatBody)
-        asked = await _chat_request(site, body)
+        asked = await until_gone(request, _chat_request(site, body))
         created = int(time.time())
         head = {"id": f"chatcmpl-{asked.id}", "created": created, "model": body.model or site.backend.model}
         if body.stream:
-            return await _chat_stream(
-                site, asked, head, bool(body.stream_options and body.stream_options.include_usage)
-            )
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return await _chat_stream(request, site, asked, head, with_usage)
         text, end = await until_gone(request, extract.answer(site.backend, asked))
         count_end(site, end)
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -57,7 +56,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
 
 
 async def _chat_stream(
-    site: Site, asked: interface.Request, head: Mapping[str, Any], with_usage: bool
+    request: Request, site: Site, asked: interface.Request, head: Mapping[str, Any], with_usage: bool
 ) -> StreamingResponse:
     chunk = {**head, "object": "chat.completion.chunk"}
 
@@ -79,7 +78,7 @@ async def _chat_stream(
             last.append({**chunk, "choices": [], "usage": usage_of([end]).model_dump()})
         return last
 
-    return await streamed(site, asked, of_piece, of_end)
+    return await streamed(request, site, asked, of_piece, of_end)
 
 
 async def _chat_request(site: Site, body: ChatBody) -> interface.Request:

@@ -15,6 +15,7 @@ from medvl.documents.fields import Fields
 from medvl.documents.fields_schema import fields_schema
 from medvl.serve.backend import Backend
 from medvl.serve.interface import End, Piece, Request
+from medvl.serve.worker import within
 
 # What models are trained to answer with JSON (`phantoms/medical_words.toml`, "prompts").
 _DEEPEST = 64  # levels of JSON that are told
@@ -73,7 +74,8 @@ async def open_files(
     Raises:
         Refused: as `uploads.open_uploads`.
     """
-    opened = await backend.open_files(call, contents, wish)
+    async with within(wish.deadline_s):
+        opened = await backend.open_files(call, contents, chosen=wish.pages, window=wish.window)
     pages, images = [], []
     for file, of_file in enumerate(opened):
         for place, image in enumerate(of_file):
@@ -106,27 +108,18 @@ async def extract(backend: Backend, call: str, contents: Sequence[bytes], wish: 
     """
     begun = time.monotonic()
     seconds = dict[str, float]()
-    pages, images = await open_files(backend, call, contents, wish)
-    seconds["open"] = time.monotonic() - begun
-    wish = evolve(wish, deadline_s=max(0.001, wish.deadline_s - seconds["open"]))
-    with_evidence = wish.evidence and bool(backend.readers)
-    words: list[Any] | None = None
-    async with asyncio.TaskGroup() as tasks:  # where one fails, the others are cancelled
-        answering = tasks.create_task(
-            _timed(seconds, "answer", _answer_pages(backend, call, pages, images, wish))
-        )
-        if with_evidence:
-            reading = tasks.create_task(
-                _timed(seconds, "read", backend.read_pages(call, images, wish.deadline_s))
-            )
-        if wish.pictures:
-            tasks.create_task(_timed(seconds, "draw", _draw_pages(backend, call, pages, images, wish)))
-    answering.result()
-    if with_evidence:
-        words = reading.result()
-    start = time.monotonic()
-    extraction = await _check(backend, call, pages, words, wish)
-    seconds["check"] = time.monotonic() - start
+    async with within(wish.deadline_s):
+        pages, images = await open_files(backend, call, contents, wish)
+        seconds["open"] = time.monotonic() - begun
+        reading = None
+        async with asyncio.TaskGroup() as tasks:  # where one fails, the others are cancelled
+            tasks.create_task(_timed(seconds, "answer", _answer_pages(backend, call, pages, images, wish)))
+            if wish.evidence and backend.readers:
+                reading = tasks.create_task(_timed(seconds, "read", backend.read_pages(call, images)))
+            if wish.pictures:
+                tasks.create_task(_timed(seconds, "draw", _draw_pages(backend, call, pages, images)))
+        words = None if reading is None else reading.result()
+        extraction = await _timed(seconds, "check", _check(backend, call, pages, words, wish))
     seconds["total"] = time.monotonic() - begun
     return evolve(extraction, seconds=seconds)
 
@@ -141,7 +134,8 @@ async def _timed(seconds: dict[str, float], name: str, work: Any) -> Any:
 async def _answer_pages(
     backend: Backend, call: str, pages: Sequence[Page], images: Sequence[Any], wish: Wish
 ) -> None:
-    """Ask about each page; all at once, as the engine has room."""
+    """Ask about each page; as many at a time as are answered at a time: one document must not take the whole queue."""
+    room = asyncio.Semaphore(min(backend.cfg.rows, backend.cfg.queue))
 
     async def ask(page: Page, image: Any, number: int) -> None:
         request = Request(
@@ -153,30 +147,26 @@ async def _answer_pages(
             max_tokens=wish.max_tokens,
             deadline_s=wish.deadline_s,
         )
-        page.answer, page.end = await answer(backend, request)
+        async with room:
+            page.answer, page.end = await answer(backend, request)
 
     async with asyncio.TaskGroup() as tasks:
         for number, (page, image) in enumerate(zip(pages, images, strict=True)):
             tasks.create_task(ask(page, image, number))
 
 
-async def _draw_pages(
-    backend: Backend, call: str, pages: Sequence[Page], images: Sequence[Any], wish: Wish
-) -> None:
+async def _draw_pages(backend: Backend, call: str, pages: Sequence[Page], images: Sequence[Any]) -> None:
     for number, (page, image) in enumerate(zip(pages, images, strict=True)):
-        name = f"{call}/picture {number}"
-        page.picture = await backend.opener.call(name, "picture", wish.deadline_s, image=image)
+        page.picture = await backend.opener.call(f"{call}/picture {number}", "picture", image=image)
 
 
 async def _check(
     backend: Backend, call: str, pages: Sequence[Page], words: list[Any] | None, wish: Wish
 ) -> Extraction:
-    checker = min(backend.readers, key=lambda worker: worker.pending) if backend.readers else backend.opener
+    checker, name = backend.checker(), f"{call}/check"
     if wish.schema is None:
         answers = [page.answer for page in pages]
-        checked = await checker.call(
-            f"{call}/check", "check", wish.deadline_s, answers=answers, pages=words, strict=wish.strict
-        )
+        checked = await checker.call(name, "check", answers=answers, pages=words, strict=wish.strict)
         return Extraction(
             pages=tuple(pages), fields=checked.fields, evidence=checked.evidence, warnings=checked.warnings
         )
@@ -189,9 +179,7 @@ async def _check(
     evidence = []
     if words is not None:
         trees = [page.tree for page in pages]
-        evidence = await checker.call(
-            f"{call}/check", "check_json", wish.deadline_s, trees=trees, pages=words
-        )
+        evidence = await checker.call(name, "check_json", trees=trees, pages=words)
     return Extraction(
         pages=tuple(pages),
         fields=None,

@@ -4,8 +4,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from attrs import frozen
@@ -14,8 +13,11 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from medvl.documents.fields_schema import read_schema
+from medvl.language.bounded_schema import error_without_names
+from medvl.serve.extract import Wish
 from medvl.serve.interface import Refused
-from medvl.serve.uploads import Limits
+from medvl.serve.settings import Limits, ServeConfig
 
 T = TypeVar("T")
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it quotes bytes of broken forms
@@ -45,7 +47,7 @@ class Form:
         try:
             number = float(self.texts.get(name) or default)
         except ValueError:
-            number = float("nan")
+            number = math.nan
         if not low <= number <= high:
             raise Refused(422, f"{name} must be a number from {low:g} to {high:g}")
         return number
@@ -59,7 +61,7 @@ class Form:
         return int(self.number("max_tokens", 1, 1, most)) if self.texts.get("max_tokens") else 0
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """Numbers with commas between them; () where there are none.
+        """Finite numbers with commas between them; () where there are none.
 
         Raises:
             Refused: something else.
@@ -94,13 +96,11 @@ async def read_form(request: Request, limits: Limits, names: Sequence[str]) -> F
     parser.spool_max_size = 2**62  # never a file on disk
     try:
         form = await parser.parse()
-    except MultiPartException as e:
-        is_long = "maximum size" in e.message
-        raise Refused(
-            413 if is_long else 400, "the form cannot be read: it is broken or has too many parts"
-        ) from None
+    except (MultiPartException, UnicodeError) as e:  # UnicodeError: of a charset that it names
+        status = 413 if "maximum size" in str(e) else 400
+        raise Refused(status, "the form cannot be read: it is broken or has too many parts") from None
     files, texts = list[bytes](), dict[str, str]()
-    async with form_closing(form):
+    try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name not in ("file", "files"):
@@ -110,16 +110,54 @@ async def read_form(request: Request, limits: Limits, names: Sequence[str]) -> F
                 texts[name] = value
             else:
                 raise Refused(422, f"a form may have the parts file, {', '.join(names)}; it has another")
+    finally:
+        await form.close()
     return Form(files=files, texts=texts)
 
 
-@asynccontextmanager
-async def form_closing(form: Any) -> AsyncIterator[None]:
-    """Free the files of a form."""
+# Parts of a form of any question about pages; of those that ask for fields there are evidence, strict and pictures, too.
+WISHES = ("schema", "prompt", "adapter", "max_tokens", "pages", "window", "deadline_s")
+
+
+def read_wish(form: Form, cfg: ServeConfig) -> Wish:
+    """What a form asks for.
+
+    Raises:
+        Refused: a value that cannot be.
+    """
+    schema, window = None, None
+    if text := form.texts.get("schema", "").strip():
+        try:
+            schema = read_schema(text)
+        except ValueError as e:
+            raise Refused(422, _without_names(e, text)) from None
+    if greys := form.numbers("window"):
+        if len(greys) != 2 or not greys[0] < greys[1]:
+            raise Refused(422, "window must be black,white with black < white")
+        window = greys[0], greys[1]
+    pages = form.numbers("pages")
+    if any(page < 0 or page != int(page) for page in pages):
+        raise Refused(422, "pages must be whole numbers from 0")
+    return Wish(
+        prompt=form.texts.get("prompt", "").strip(),
+        schema=schema,
+        adapter=read_adapter(form.texts.get("adapter", "")),
+        max_tokens=form.max_tokens(cfg.max_tokens),
+        pages=tuple(map(int, pages)),
+        window=window,
+        evidence=form.flag("evidence", True),
+        strict=form.flag("strict", False),
+        pictures=form.flag("pictures", False),
+        deadline_s=form.number("deadline_s", cfg.deadline_s, 0.1, cfg.deadline_s),
+    )
+
+
+def _without_names(error: ValueError, text: str) -> str:
+    """The message of an error in a schema without what the schema names."""
     try:
-        yield
-    finally:
-        await form.close()
+        return error_without_names(error, json.loads(text))
+    except (ValueError, RecursionError):
+        return "schema: it is not JSON"
 
 
 async def read_json(request: Request, kind: type[T]) -> T:
@@ -166,7 +204,7 @@ def read_adapter(text: str) -> str | dict[str, float]:
     try:
         mixture = json.loads(text)
         return {str(name): float(weight) for name, weight in mixture.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise Refused(
             422, 'adapter must be a name or a mixture such as {"liver": 0.5, "lung": 0.5}'
         ) from None

@@ -3,6 +3,7 @@
 Logs and errors hold no text, no name and no file name of a request: routes, sizes and numbers only.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -10,7 +11,6 @@ import logging
 import re
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
@@ -19,7 +19,7 @@ from typing import Any
 
 from attrs import define, field
 
-from medvl.serve.interface import Refused
+from medvl.serve.interface import Refused, place_of
 from medvl.serve.responses import Failed, Failure
 
 _log = logging.getLogger("medvl.serve.requests")
@@ -29,6 +29,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 # An id that a client gives may be of such letters only: it is logged, and a name must not be.
 _ID = re.compile(r"[0-9a-f]{8}[0-9a-f-]{0,56}")
 OPEN = ("/health", "/ready")  # routes that need no key
+_MESSAGES = {404: "there is no such address", 405: "this address takes another method"}
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -95,27 +96,18 @@ def is_accepted(authorization: str, digests: tuple[bytes, ...]) -> bool:
     return kind.lower() == "bearer" and any(matches)
 
 
+@define
 class Guard:
     """The outermost layer of the service."""
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        digests: tuple[bytes, ...],
-        body_bytes: Callable[[str], int],
-        is_closing: Callable[[], bool],
-        done: Callable[[Seen], None],
-    ) -> None:
-        """Args:
-        digests: of keys; () = none is asked for.
-        body_bytes: route -> bytes that a body may have.
-        done: called with every request that is over.
-        """
-        self.app, self.digests, self.body_bytes, self.is_closing, self.done = (
-            *(app, digests, body_bytes, is_closing),
-            done,
-        )
+    app: Any
+    digests: tuple[bytes, ...]  # of keys; () = none is asked for
+    body_bytes: Callable[[str], int]  # path -> bytes that a body may have
+    all_bytes: int  # that all requests under way may have together: they are in memory
+    body_s: float  # seconds in which a small body must have come
+    is_closing: Callable[[], bool]
+    done: Callable[[Seen], None]  # called with every request that is over
+    _held_bytes: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -126,28 +118,33 @@ class Guard:
         request = Seen(id=given if _ID.fullmatch(given) else uuid.uuid4().hex)
         seen_request.set(request)
         most = self.body_bytes(scope["path"])
-        begun = False
+        is_read = has_begun = False
 
         async def counted() -> MutableMapping[str, Any]:
-            message = await receive()
-            request.bytes += len(message.get("body", b""))
-            if request.bytes > most:
-                raise Refused(413, f"a body must have at most {most:,} bytes")
+            nonlocal is_read
+            # A second more for each MiB that has come: scans are large, and lines slow.
+            left_s = None if is_read else self.body_s + request.bytes / 2**20 - request.elapsed
+            try:
+                async with asyncio.timeout(left_s):
+                    message = await receive()
+            except TimeoutError:
+                raise Refused(408, "the body comes too slowly") from None
+            if message["type"] == "http.disconnect" and not is_read:
+                raise Refused(499, "the client has gone")
+            self._count(request, len(message.get("body", b"")), most)
+            is_read = not message.get("more_body", False)
             return message
 
         async def told(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
+            nonlocal has_begun
             if message["type"] == "http.response.start":
-                begun = True
+                has_begun = True
                 request.status = message["status"]
-                added = {
-                    "x-request-id": request.id,
-                    "cache-control": "no-store",
-                    "x-content-type-options": "nosniff",
-                }
                 message["headers"] = [
                     *message.get("headers", ()),
-                    *((name.encode(), value.encode()) for name, value in added.items()),
+                    (b"x-request-id", request.id.encode()),
+                    (b"cache-control", b"no-store"),
+                    (b"x-content-type-options", b"nosniff"),
                 ]
             await send(message)
 
@@ -156,15 +153,25 @@ class Guard:
             await self.app(scope, counted, told)
         except Exception as e:
             refused = refusal_of(e)
-            if not begun:
-                await send_refusal(told, refused, request.id)
-            else:
+            if has_begun:
                 request.status = refused.status  # the answer was cut
+            else:
+                # Where it is refused because of the body, the rest of that is not read.
+                hang_up = not is_read and refused.status in (408, 413, 429)
+                await send_refusal(told, refused, request.id, hang_up)
         finally:
-            route = scope.get("route")
-            request.route = getattr(route, "path", "") or "unknown"
+            self._held_bytes -= request.bytes
+            request.route = getattr(scope.get("route"), "path", "") or "unknown"
             self.done(request)
             log_request(request)
+
+    def _count(self, request: Seen, size: int, most: int) -> None:
+        request.bytes += size
+        self._held_bytes += size
+        if request.bytes > most:
+            raise Refused(413, f"a body must have at most {most:,} bytes")
+        if self._held_bytes > self.all_bytes:
+            raise Refused(429, "other requests take all memory for bodies now; send it again", 5)
 
     def _check(self, scope: Scope, headers: dict[str, str], most: int) -> None:
         if self.is_closing() and scope["path"] not in OPEN:
@@ -186,15 +193,8 @@ def refusal_of(error: BaseException) -> Refused:
         return error
     status = getattr(error, "status_code", 0)  # of Starlette: 404, 405
     if status:
-        return Refused(
-            status,
-            {404: "there is no such address", 405: "this address takes another method"}.get(
-                status, "refused"
-            ),
-        )
-    frames = traceback.extract_tb(error.__traceback__)
-    place = frames[-1] if frames else None
-    _log.error("%s in %s, line %s", type(error).__name__, place and place.filename, place and place.lineno)
+        return Refused(status, _MESSAGES.get(status, "refused"))
+    _log.error("%s", place_of(error))
     return Refused(500, "the service failed; its log says where")
 
 
@@ -204,16 +204,16 @@ def failure(refused: Refused, request_id: str) -> Failed:
     return Failed(error=Failure(message=str(refused), type=kind, code=refused.status), id=request_id)
 
 
-async def send_refusal(send: Send, refused: Refused, request_id: str) -> None:
-    """A whole response."""
+async def send_refusal(send: Send, refused: Refused, request_id: str, hang_up: bool) -> None:
+    """A whole response, behind which the connection may be closed."""
     body = failure(refused, request_id).model_dump_json().encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.retry_after:
         headers.append((b"retry-after", str(refused.retry_after).encode()))
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if refused.status == 413:
-        headers.append((b"connection", b"close"))  # what is left of the body is not read
+    if hang_up:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -18,12 +18,12 @@ from medvl.language import chat, system
 from medvl.language.chat import Chat, ChatConfig, ModelConfig
 from medvl.language.conversations import Conversation
 from medvl.serve.interface import Refused
+from medvl.serve.settings import LANGUAGE_SYSTEMS
 from medvl.systems import run
 from medvl.weights import compose, lazy, lora
 
 Mixture = tuple[tuple[str, float], ...]  # (adapter, weight)
 Weights = Mapping[str, Tensor]
-LANGUAGE_SYSTEMS = ("tune", "document", "adapters")  # whose runs are served by an engine
 _SAMPLED = 4096  # values of a tensor that tell it from others
 _MANY = 16  # adapters that lie side by side on the device, although no row may use some of them
 
@@ -42,18 +42,17 @@ class Served:
     choose: Callable[[Conversation], Mixture] | None = None  # as a registry chooses for a question
 
 
-def open_served(place: str, registry: str = "", base: str = "") -> Served:
+def open_served(place: str, registry: str = "") -> Served:
     """Open what is to be served.
 
     Args:
         place: folder of a run of tune, document or adapters; folder or hub name of a model; "" with a registry.
         registry: of adapters for the model, .toml or .json.
-        base: the registry's model, where it lies elsewhere.
     Raises:
         ValueError: nothing of the kind; as the loading of a run, a model or a registry.
     """
     if registry:
-        opened = experts.open_experts(registry, base=base or place, device=processes.choose_device("auto"))
+        opened = experts.open_experts(registry, base=place, device=processes.choose_device("auto"))
         return _with_experts(opened, Path(registry).stem, RetrieveConfig())
     folder = Path(place)
     if (folder / "config.json").is_file() and (name := system_name(folder)):

@@ -10,13 +10,11 @@ from fastapi import FastAPI, Request, Response
 
 from medvl.documents.evidence import Contradiction, Evidence
 from medvl.documents.fields import fields_to_json, json_leaves, leaves
-from medvl.documents.fields_schema import read_schema
-from medvl.language.bounded_schema import error_without_names
 from medvl.serve import extract, fhir, interface, responses
-from medvl.serve.extract import Extraction, Wish
-from medvl.serve.forms import Form, form_schema, read_adapter, read_form, until_gone
+from medvl.serve.extract import Extraction
+from medvl.serve.forms import WISHES, Form, form_schema, read_form, read_wish, until_gone
 from medvl.serve.http import seen
-from medvl.serve.interface import End, Refused
+from medvl.serve.interface import Refused
 from medvl.serve.site import (
     Site,
     answer_head,
@@ -25,79 +23,23 @@ from medvl.serve.site import (
     png_address,
     seconds_of,
     streamed,
+    text_answer,
     usage_of,
 )
-
-_WISHES = (
-    "schema",
-    "prompt",
-    "adapter",
-    "max_tokens",
-    "pages",
-    "window",
-    "evidence",
-    "strict",
-    "deadline_s",
-    "format",
-)
-
-
-_OF_FIELDS = ("evidence", "strict", "pictures", "format")  # what makes no sense of a text
-_ANALYSES = (*(name for name in _WISHES if name not in _OF_FIELDS), "stream", "temperature")
-
-
-def read_wish(form: Form, site: Site) -> Wish:
-    """What a form asks for.
-
-    Raises:
-        Refused: a value that cannot be.
-    """
-    cfg = site.cfg
-    schema = None
-    if text := form.texts.get("schema", "").strip():
-        try:
-            schema = read_schema(text)
-        except ValueError as e:
-            raise Refused(422, _without_names(e, text)) from None
-    window = form.numbers("window")
-    if window and (len(window) != 2 or not window[0] < window[1]):
-        raise Refused(422, "window must be black,white with black < white")
-    pages = form.numbers("pages")
-    if any(page < 0 or page != int(page) for page in pages):
-        raise Refused(422, "pages must be whole numbers from 0")
-    return Wish(
-        prompt=form.texts.get("prompt", "").strip(),
-        schema=schema,
-        adapter=read_adapter(form.texts.get("adapter", "")),
-        max_tokens=form.max_tokens(cfg.max_tokens),
-        pages=tuple(map(int, pages)),
-        window=window or None,  # type: ignore[arg-type]
-        evidence=form.flag("evidence", True),
-        strict=form.flag("strict", False),
-        pictures=form.flag("pictures", False),
-        deadline_s=form.number("deadline_s", cfg.deadline_s, 0.1, cfg.deadline_s),
-    )
-
-
-def _without_names(error: ValueError, text: str) -> str:
-    """The message of an error in a schema without what the schema names."""
-    try:
-        return error_without_names(error, json.loads(text))
-    except (ValueError, RecursionError):
-        return "schema: it is not JSON"
 
 
 def add_routes(app: FastAPI, site: Site) -> None:
     """Add them to a service."""
 
-    names = (*_WISHES, "pictures")
+    names = (*WISHES, "evidence", "strict", "pictures", "format")
+    analyze_names = (*WISHES, "temperature", "stream")
 
     @app.post("/extract", response_model=responses.Extracted, openapi_extra=form_schema("Extract", names))
     async def extract_fields(request: Request) -> Any:
         """Fields of a document, each with its place on the page or marked as unverified."""
         form = await read_form(request, site.cfg.limits, names)
         as_fhir = _wants_fhir(request, form)
-        wish = read_wish(form, site)
+        wish = read_wish(form, site.cfg)
         if wish.strict and wish.schema is not None:
             raise Refused(422, "strict is for our own fields: leave it or schema out, and see `unverified`")
         if as_fhir and wish.schema is not None:
@@ -115,20 +57,19 @@ def add_routes(app: FastAPI, site: Site) -> None:
     @app.post(
         "/analyze",
         response_model=responses.Analysed,
-        openapi_extra=form_schema("Analyze", _ANALYSES),
+        openapi_extra=form_schema("Analyze", analyze_names),
     )
     async def analyze(request: Request) -> Any:
         """What the model says of pages, as text; streamed with stream=true."""
-        form = await read_form(request, site.cfg.limits, _ANALYSES)
-        wish = read_wish(form, site)
+        form = await read_form(request, site.cfg.limits, analyze_names)
+        wish = read_wish(form, site.cfg)
         begun = time.monotonic()
-        opened = await extract.open_files(site.backend, seen().id, form.files, wish)
+        _, images = await until_gone(request, extract.open_files(site.backend, seen().id, form.files, wish))
+        prompt = wish.prompt or "Describe what this shows."
         asked = interface.Request(
             id=seen().id,
-            messages=(
-                {"role": "user", "content": "<image>\n" * len(opened[1]) + (wish.prompt or _DESCRIBE)},
-            ),
-            images=tuple(opened[1]),
+            messages=({"role": "user", "content": "<image>\n" * len(images) + prompt},),
+            images=tuple(images),
             adapter=wish.adapter,
             schema=wish.schema,
             max_tokens=wish.max_tokens,
@@ -137,11 +78,15 @@ def add_routes(app: FastAPI, site: Site) -> None:
         )
         if form.flag("stream", False):
             return await streamed(
-                site, asked, lambda piece: {"text": piece}, lambda end: [_analysed("", end, begun)]
+                request,
+                site,
+                asked,
+                lambda piece: {"text": piece},
+                lambda end: [text_answer("", end, begun)],
             )
         text, end = await until_gone(request, extract.answer(site.backend, asked))
         count_end(site, end)
-        return _analysed(text, end, begun)
+        return text_answer(text, end, begun)
 
 
 def _bundle(extraction: Extraction, request: str, version: str) -> Any:
@@ -157,9 +102,6 @@ def _bundle(extraction: Extraction, request: str, version: str) -> Any:
         made_at=datetime.datetime.now(datetime.UTC),
         request=request,
     )
-
-
-_DESCRIBE = "Describe what this shows."
 
 
 def _wants_fhir(request: Request, form: Form) -> bool:
@@ -260,14 +202,4 @@ def _page(page: extract.Page) -> responses.PageAnswer:
         finish_reason=finish_reason(page.end),
         answer=page.tree,
         picture=png_address(page.picture) if page.picture else "",
-    )
-
-
-def _analysed(text: str, end: End, begun: float) -> responses.Analysed:
-    return responses.Analysed(
-        **answer_head(end),
-        text=text,
-        finish_reason=finish_reason(end),
-        usage=usage_of([end]),
-        seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
     )

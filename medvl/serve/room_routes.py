@@ -6,19 +6,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from medvl.serve import extract, interface, responses
-from medvl.serve.extract import Wish
-from medvl.serve.forms import Form, form_schema, read_adapter, read_form, until_gone
+from medvl.serve.forms import Form, form_schema, read_adapter, read_form, read_wish, until_gone
 from medvl.serve.http import seen
 from medvl.serve.interface import Refused
-from medvl.serve.site import (
-    Site,
-    answer_head,
-    count_end,
-    finish_reason,
-    png_address,
-    seconds_of,
-    usage_of,
-)
+from medvl.serve.site import Site, count_end, png_address, text_answer
 from medvl.serve.worker import Worker
 
 _CT = ("findings", "hu", "spacing_from", "slices")
@@ -96,7 +87,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
         """An answer with the adapters of the registry that fit the question, or with those that are named."""
         begun = time.monotonic()
         form = await read_form(request, site.cfg.limits, _ASK)
-        images = await _images(site, form)
+        images = await _images(request, site, form)
         asked = interface.Request(
             id=seen().id,
             messages=({"role": "user", "content": "<image>\n" * len(images) + _question(form)},),
@@ -107,13 +98,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
         )
         text, end = await until_gone(request, extract.answer(backend, asked))
         count_end(site, end)
-        return responses.Analysed(
-            **answer_head(end),
-            text=text,
-            usage=usage_of([end]),
-            finish_reason=finish_reason(end),
-            seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
-        )
+        return text_answer(text, end, begun)
 
     @app.post("/unified/ask", response_model=responses.TextAnswer, openapi_extra=form_schema("Ask", _UNIFIED))
     async def ask_unified(request: Request) -> Any:
@@ -122,7 +107,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
         form = await read_form(request, site.cfg.limits, _UNIFIED)
         content = {
             "question": _question(form),
-            "image": await _image(site, form),
+            "image": await _image(request, site, form),
             "max_tokens": form.max_tokens(site.cfg.max_tokens) or 256,
         }
         text = await until_gone(request, room.call(seen().id, "ask", deadline_s, **content))
@@ -135,7 +120,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
         form = await read_form(request, site.cfg.limits, _UNIFIED)
         content = {
             "text": _question(form),
-            "image": await _image(site, form),
+            "image": await _image(request, site, form),
             "temperature": form.number("temperature", 0, 0, 100),
             "seed": int(form.number("seed", 0, 0, 2**53)),
         }
@@ -156,25 +141,18 @@ def _only_file(form: Form) -> bytes:
     return form.files[0]
 
 
-async def _images(site: Site, form: Form) -> list[Any]:
+async def _images(request: Request, site: Site, form: Form) -> list[Any]:
     """The pages of the files of a form; none where it has no file."""
     if not form.files:
         return []
-    window = form.numbers("window")
-    if window and (len(window) != 2 or not window[0] < window[1]):
-        raise Refused(422, "window must be black,white with black < white")
-    wish = Wish(
-        pages=tuple(int(page) for page in form.numbers("pages")),
-        window=window or None,  # type: ignore[arg-type]
-        deadline_s=site.cfg.deadline_s,
-    )
-    pages, images = await extract.open_files(site.backend, seen().id, form.files, wish)
+    wish = read_wish(form, site.cfg)
+    pages, images = await until_gone(request, extract.open_files(site.backend, seen().id, form.files, wish))
     seen().count(pages=len(pages), pixels=sum(page.width * page.height for page in pages))
     return images
 
 
-async def _image(site: Site, form: Form) -> Any:
-    images = await _images(site, form)
+async def _image(request: Request, site: Site, form: Form) -> Any:
+    images = await _images(request, site, form)
     if len(images) > 1:
         raise Refused(422, f"send one image, got {len(images)}; choose a page by pages")
     return images[0] if images else None

@@ -4,6 +4,9 @@ from attrs import field, frozen
 
 from medvl.base import config
 
+# Whose runs are a language model that answers conversations.
+LANGUAGE_SYSTEMS = ("tune", "document", "adapters")
+
 
 @frozen(kw_only=True)
 class Limits:
@@ -49,6 +52,7 @@ class ServeConfig:
     deadline_s: float = 120.0  # of a request, and what a request may ask for at most
     body_bytes: int = 64 * 2**20  # of a request
     scan_bytes: int = 512 * 2**20  # of a CT scan that is sent
+    all_bytes: int = 2**30  # of all requests under way together, which are in memory several times over
     readers: int = 1  # processes that read the words of pages for evidence (OCR); 0 = values are not checked
     threads: int = 0  # of the model's process on a CPU, 0 = as torch chooses
     grace_s: float = 30.0  # for requests under way when the service is stopped
@@ -67,6 +71,7 @@ class ServeConfig:
             deadline_s=(0.1, 86400),
             body_bytes=(1, 2**40),
             scan_bytes=(1, 2**40),
+            all_bytes=(max(self.body_bytes, self.scan_bytes), 2**40),
             readers=(0, 64),
             threads=(0, 1024),
             grace_s=(0, 86400),

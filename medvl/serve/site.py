@@ -2,16 +2,19 @@
 
 import base64
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from attrs import frozen
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from medvl.serve import interface, responses
 from medvl.serve.backend import Backend
+from medvl.serve.forms import until_gone
 from medvl.serve.http import failure, seen
 from medvl.serve.interface import End, Piece, Refused
 from medvl.serve.metrics import Metrics
@@ -54,6 +57,7 @@ def finish_reason(end: End) -> str:
 
 
 async def streamed(
+    request: Request,
     site: Site,
     asked: interface.Request,
     of_piece: Callable[[str], Any],
@@ -61,7 +65,7 @@ async def streamed(
 ) -> StreamingResponse:
     """Pieces as server-sent events. What is refused before the first piece is refused by its status."""
     stream: Any = site.backend.language_engine().stream(asked)
-    first = await anext(stream)
+    first = await until_gone(request, anext(stream))
     about = seen()
 
     async def events() -> AsyncIterator[bytes]:
@@ -88,11 +92,10 @@ async def streamed(
 
 
 def _event(content: Any) -> bytes:
-    text = (
-        content.model_dump_json()
-        if isinstance(content, BaseModel)
-        else json.dumps(content, ensure_ascii=False)
-    )
+    if isinstance(content, BaseModel):
+        text = content.model_dump_json()
+    else:
+        text = json.dumps(content, ensure_ascii=False)
     return f"data: {text}\n\n".encode()
 
 
@@ -100,6 +103,17 @@ def answer_head(end: End) -> dict[str, Any]:
     """What every answer of a language model says of itself."""
     adapters = [responses.AdapterWeight(name=name, weight=weight) for name, weight in end.adapters]
     return {"id": seen().id, "model": end.model, "revision": end.revision, "adapters": adapters}
+
+
+def text_answer(text: str, end: End, begun: float) -> responses.Analysed:
+    """A text that the model has answered to a request that was begun at a time of time.monotonic."""
+    return responses.Analysed(
+        **answer_head(end),
+        text=text,
+        finish_reason=finish_reason(end),
+        usage=usage_of([end]),
+        seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
+    )
 
 
 def png_address(png: bytes) -> str:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
@@ -36,6 +36,22 @@ class Result:
 
 
 _LAST = (End, Result)  # kinds of events behind which no other comes
+
+
+def _too_late(seconds: float) -> Refused:
+    return Refused(504, f"no answer within {seconds:g} s; ask for less, or raise the deadline")
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Raises:
+    Refused: what is done in this context takes longer.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise _too_late(seconds) from None
 
 
 class Service(Protocol):
@@ -225,6 +241,7 @@ class Worker:
         self._calls: dict[str, _Call] = {}
         self._numbers = itertools.count()
         self._seconds = deque[float](maxlen=20)  # that the last calls took
+        self._starting: asyncio.Task[None] | None = None
         self._process: Any = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._changed = asyncio.Event()
@@ -241,7 +258,23 @@ class Worker:
 
     def start(self) -> None:
         """Start the process; `wait_ready` waits until its service is open."""
-        self.state, self._started = "loading", time.monotonic()
+        self.state, self.fault, self._started = "loading", "", time.monotonic()
+        self._starting = asyncio.create_task(self._start())
+
+    async def _start(self) -> None:
+        try:
+            # In a thread: the server that forks processes may have to be started itself, which takes seconds.
+            self._process, connection = await asyncio.to_thread(self._fork)
+        except Exception as e:  # no process or no file can be opened now
+            _log.error("%s: cannot be started: %s", self.name, place_of(e))
+            self._start_again()
+            return
+        self._outbox = queue.SimpleQueue()
+        loop = asyncio.get_running_loop()
+        for target, argument in ((self._send_all, self._outbox), (self._receive_all, self._process)):
+            threading.Thread(target=target, args=(connection, argument, loop), daemon=True).start()
+
+    def _fork(self) -> tuple[Any, Connection]:
         context = workers.worker_context()
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -249,10 +282,7 @@ class Worker:
         )
         process.start()
         theirs.close()  # so that its end is noticed
-        self._process, self._outbox = process, queue.SimpleQueue()
-        loop = asyncio.get_running_loop()
-        for target, argument in ((self._send_all, self._outbox), (self._receive_all, self._process)):
-            threading.Thread(target=target, args=(ours, argument, loop), daemon=True).start()
+        return process, ours
 
     async def wait_ready(self) -> None:
         """Raises:
@@ -336,14 +366,8 @@ class Worker:
         asyncio.get_running_loop().call_later(pause, self._restart)
 
     def _restart(self) -> None:
-        if self.state == "closed":
-            return
-        self.fault = ""
-        try:
+        if self.state != "closed":
             self.start()
-        except OSError as e:  # no process or no file may be opened now
-            _log.error("%s: cannot be started: %s", self.name, place_of(e))
-            self._start_again()
 
     def _retry_s(self) -> int:
         return max(1, round(self._load_s) + 1)
@@ -381,9 +405,7 @@ class Worker:
                     return
                 yield event
         except TimeoutError:
-            raise Refused(
-                504, f"no answer within {deadline_s:g} s; ask for less, or raise the deadline"
-            ) from None
+            raise _too_late(deadline_s) from None
         finally:
             if self._calls.pop(key, None) is not None:
                 self._outbox.put(("cancel", key))
@@ -422,6 +444,8 @@ class Worker:
         self._changed.set()
         while was_ready and self._calls and time.monotonic() < end:
             await asyncio.sleep(0.02)
+        if self._starting is not None:
+            await asyncio.wait({self._starting})
         self._outbox.put(("stop",))
         if self._process is not None:
             await asyncio.to_thread(self._process.join, 2 if was_ready else 0)

@@ -433,10 +433,11 @@ def test_too_many_too_late_and_stopping():
 
 
 def test_while_it_loads_it_is_alive_and_not_ready():
+    async def load(model):
+        model.state = "loading"
+
     with toy_service.running() as service:
-        model = service.backend.engine.worker
-        service.loop.call_soon_threadsafe(setattr, model, "state", "loading")
-        time.sleep(0.1)
+        service.do(load(service.backend.engine.worker))
         with toy_service.client(service) as client:
             assert client.get("/health").json()["status"] == "loading"
             check_refusal(client.get("/ready"), 503, "not ready: model")

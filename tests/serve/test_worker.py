@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from contextlib import aclosing
+from multiprocessing import forkserver
 
 import pytest
 from attrs import evolve
@@ -172,14 +173,14 @@ def test_a_process_that_cannot_read_a_call_is_replaced():
 
 def test_a_process_that_cannot_be_started_now_is_started_later(monkeypatch):
     async def scenario(worker):
-        start, failures = worker.start, [OSError("too many open files")]
+        fork, failures = worker._fork, [OSError("too many open files")]
 
-        def start_at_second_try():
+        def fork_at_second_try():
             if failures:
                 raise failures.pop()
-            start()
+            return fork()
 
-        monkeypatch.setattr(worker, "start", start_at_second_try)
+        monkeypatch.setattr(worker, "_fork", fork_at_second_try)
         os.kill(worker.pid, signal.SIGKILL)
         await until(lambda: worker.state == "loading")
         await worker.wait_ready()
@@ -187,6 +188,38 @@ def test_a_process_that_cannot_be_started_now_is_started_later(monkeypatch):
         assert worker.restarts == 2
 
     run(scenario, "tests.serve.test_worker:slow_echo")
+
+
+def test_the_service_answers_while_a_process_is_started():
+    """The server that forks processes was killed, too: another one has to import first."""
+
+    async def scenario(worker):
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: worker.state == "loading")
+        started = asyncio.create_task(worker.wait_ready())
+        turns = 0
+        while not started.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert await worker.call("b", "echo", 30, text="x") == "xx"
+        return turns
+
+    assert run(scenario, "tests.serve.test_worker:slow_echo") > 10
+
+
+def test_a_process_is_closed_while_it_is_started():
+    async def main():
+        worker = Worker("toy", "tests.serve.test_worker:slow_echo")
+        worker.start()
+        ready = asyncio.create_task(worker.wait_ready())
+        await asyncio.sleep(0)
+        await worker.close()
+        with pytest.raises(ValueError, match="closed"):
+            await ready
+        return worker._process.is_alive()
+
+    assert asyncio.run(main()) is False
 
 
 def test_a_request_sent_again_hears_nothing_of_the_first():

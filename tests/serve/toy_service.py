@@ -9,6 +9,7 @@ import uvicorn
 
 from medvl.serve.api import make_app
 from medvl.serve.backend import Backend
+from medvl.serve.http import Guard
 from medvl.serve.remote import remote_engine
 from medvl.serve.settings import ServeConfig
 from medvl.serve.worker import LocalEngine, Worker
@@ -60,6 +61,18 @@ class Running:
         await self.backend.wait_ready()
         self._listening.set()
         await serving
+
+    def do(self, coroutine):
+        """Run a coroutine in the loop of the service; returns its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    @property
+    def guard(self):
+        """Its outermost layer."""
+        layer = self.server.config.app.middleware_stack
+        while not isinstance(layer, Guard):
+            layer = layer.app
+        return layer
 
     def stop(self):
         self.server.should_exit = True
