@@ -4,8 +4,8 @@ Test pages are drawn clean, as a scan and as a photograph, and read by OCR. Thei
 which one number of ten is altered: a digit changed, dropped or doubled, the decimal point moved, or another number of the page
 and of the same kind (another row's) put in its place. An altered number is caught where `check_fields` does not say
 "verified" or "same"; in running text, where it is among `unshown`. Beside them, answers that leave out one row and give its
-number to the row above. An unaltered value that is not verified is a false alarm. Intervals
-of 95 % are by bootstrap of whole pages.
+number to the row above, and answers in which the value of a test is a limit of its own range. An unaltered value that is
+not verified is a false alarm. Intervals of 95 % are by bootstrap of whole pages.
 
 Words are kept in FOLDER, so that a second run takes a minute. Reading takes about 3 seconds a page on one core.
 """
@@ -50,6 +50,8 @@ COLUMNS = (  # counts of a page, and what each is a share of
     ("altered and similar", "altered"),
     ("caught of numbers of a row left out", "rows left out"),
     *((f"  of {name}", f"rows left out of {name}") for name in ("labs", "medications", "vitals")),
+    ("caught of values that are a limit", "limits as values"),
+    ("  the limit itself not verified", "limits as values"),
     ("false alarms of the unaltered values", "unaltered"),
     *((f"  {name}", f"unaltered, {name}") for name in KINDS),
     *((f"  because {name}", "unaltered") for name in ("similar", "elsewhere", "missing")),
@@ -173,6 +175,25 @@ def count_left_out(fields: Fields, words: Sequence[Word], gen: np.random.Generat
     return counts
 
 
+def count_limits(fields: Fields, words: Sequence[Word], gen: np.random.Generator) -> Counter[str]:
+    """The counts of an answer in which the value of a test is the lower or upper limit of its own range."""
+    swaps = []
+    for i, lab in enumerate(fields.labs):
+        value = parse_quantity(lab.value)
+        for name in ("low", "high"):
+            limit = parse_quantity(getattr(lab, name))
+            if value is not None and limit is not None and not same_number(value, limit):
+                swaps.append((f"labs/{i}/value", f"labs/{i}/{name}", getattr(lab, name)))
+    if not swaps:
+        return Counter()
+    value_path, limit_path, number = swaps[int(gen.integers(len(swaps)))]
+    evidence = check_fields(with_value(fields, value_path, number), [words])
+    counts = Counter[str]({"limits as values": 1})
+    counts["caught of values that are a limit"] += value_path in evidence.unverified
+    counts["  the limit itself not verified"] += limit_path in evidence.unverified
+    return counts
+
+
 def print_table(tables: dict[str, list[Counter[str]]]) -> None:
     """A row for each of COLUMNS, a column for each damage."""
     print(f"{'':46}" + "".join(f"{f'{damage} (pages {len(rows)})':>26}" for damage, rows in tables.items()))
@@ -182,7 +203,7 @@ def print_table(tables: dict[str, list[Counter[str]]]) -> None:
             table = np.array([[row[what], row[whole]] for row in rows], np.float64)
             cells.append(rate_of(table))
         print(f"{what:46}" + "".join(f"{cell:>26}" for cell in cells))
-    for name in ("altered", "rows left out", "unaltered"):
+    for name in ("altered", "rows left out", "limits as values", "unaltered"):
         cells = [str(sum(row[name] for row in rows)) for rows in tables.values()]
         print(f"{f'number of {name} ones':46}" + "".join(f"{cell:>26}" for cell in cells))
     total = sum((row for rows in tables.values() for row in rows), Counter[str]())
@@ -226,6 +247,7 @@ def main() -> None:
                 gen = np.random.default_rng([number, draw])
                 total.update(count_page(page.fields, words, gen))
                 total.update(count_left_out(page.fields, words, gen))
+                total.update(count_limits(page.fields, words, gen))
             tables[damage].append(total)
     print_table(tables)
 

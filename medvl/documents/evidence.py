@@ -6,7 +6,7 @@ Nothing here reads an image: words come from `read_page`, or from a PDF's own te
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from medvl.documents.rules import repair_word
 from medvl.documents.words import Box, Word
 
 Status = Literal["verified", "same", "similar", "elsewhere", "missing"]
-WarningKind = Literal["flag", "range", "unit", "number", "patient", "empty"]
+WarningKind = Literal["flag", "range", "unit", "number", "patient", "empty", "repeat"]
 _FREE_TEXTS = ("text", "procedures/", "diagnoses/")
 
 
@@ -32,7 +32,8 @@ class Value:
         path: as in `fields.leaves`.
         status: "verified" = it stands on a page letter by letter and, if it is of a medication, test or vital sign,
             with that name; "same" = so, in another spelling of the same number, unit or listed term (8,4 for 8.4, ug
-            for mcg, BID for twice daily), and is verified, too; "elsewhere" = not with its name; "similar" = only
+            for mcg, BID for twice daily), and is verified, too; "elsewhere" = not with its name, a unit not
+            behind its number, a diagnosis or drug only where it is denied or an allergy; "similar" = only
             letters that look alike (O for 0, l for 1), or the most of a long text; "missing" = on no page. A
             reader's error makes a right value similar or missing: unverified means "look at the page".
         page: number of the page, from 0; None where it is missing.
@@ -86,12 +87,18 @@ def check_fields(fields: Fields, pages: Sequence[Sequence[Word]]) -> Evidence:
     pages = [[repair_word(word) for word in words] for words in pages]
     places = find_on_pages(fields, pages)
     values = [_value(path, text, places[path]) for path, text in texts.items()]
+    warnings = _warnings(fields, places)
+    warnings += _repeats(values)
+    other_units = [warning.path for warning in warnings if warning.kind == "unit"]
+    for i, value in enumerate(values):
+        if value.path in other_units and value.verified:
+            values[i] = evolve(value, status="elsewhere")
     if any(_is_unsure_text(value) for value in values):
         printed = join_pages(pages)
         for i, value in enumerate(values):
             if _is_unsure_text(value):
                 values[i] = evolve(value, unshown=_unshown_numbers(value.text, printed))
-    return Evidence(values=tuple(values), warnings=tuple(_warnings(fields, places)))
+    return Evidence(values=tuple(values), warnings=tuple(warnings))
 
 
 def _value(path: str, text: str, place: Place | None) -> Value:
@@ -167,6 +174,20 @@ def _move(items: Sequence[Any], moved: Mapping[str, str]) -> tuple[Any, ...]:
         elif entry[0] in moved:
             rows.append(evolve(item, path=moved[entry[0]] + item.path[entry.end() :]))
     return tuple(rows)
+
+
+def _repeats(values: Sequence[Value]) -> Iterator[Contradiction]:
+    """Warnings of entries that the answer states more often than the pages."""
+    verified = {(_list_of(value), value.text) for value in values if value.verified}
+    for value in values:
+        is_name = value.path.endswith("/name") or value.path.startswith("procedures/")
+        if is_name and value.status == "missing" and (_list_of(value), value.text) in verified:
+            message = "it is stated more often than the pages show it"
+            yield Contradiction(path=value.path, kind="repeat", message=message)
+
+
+def _list_of(value: Value) -> str:
+    return value.path.partition("/")[0]
 
 
 # Contradictions ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from attrs import define, evolve, field
 
 from medvl.documents.fields import Fields, leaves
-from medvl.documents.page_search import Match, PageText, Place, find_value, join_pages
+from medvl.documents.page_search import Match, PageText, Place, find_value, is_denied_at, join_pages
 from medvl.documents.quantities import find_key, is_listed
 from medvl.documents.words import Box, Word
 
@@ -45,6 +45,9 @@ def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, 
     text = join_pages(pages)
     values = leaves(fields)
     matches = {path: find_value(text, path, value) for path, value in values.items()}
+    for path in filter(_may_be_denied, matches):
+        stated = [match for match in matches[path] if not is_denied_at(text, match)]
+        matches[path] = stated or matches[path]
     search = _Search(text, values, matches)
     search.settle_all()
     # The values of a name before those that another one may claim.
@@ -80,7 +83,9 @@ class _Search:
         nameless = list[str]()
         # Running text first: a diagnosis that it states stands elsewhere, too.
         for record, paths in sorted(self.records.items(), key=lambda item: item[1] != ["text"]):
-            if record.startswith(_NAMED) and not self.matches.get(f"{record}/name"):
+            names = self.matches.get(f"{record}/name", [])
+            # Also a row that the answer states more often than the page must not take the values of the first.
+            if record.startswith(_NAMED) and not _untaken(names, self.taken):
                 nameless.append(record)
                 continue
             self.settle(record)
@@ -116,17 +121,16 @@ class _Search:
             self.taken.update(range(self.chosen[path].start, self.chosen[path].stop))
 
     def place(self, path: str) -> Place | None:
-        """The place of a value; equal ones of a record ("6.0 mg/dL, 6.0-8.3") in the order in which a page names them."""
+        """The place of a value."""
         if path not in self.chosen:
             return None
-        equal = []
-        for other in self.records[_record_of(path)]:
-            if other in self.chosen and self.values[other] == self.values[path]:
-                equal.append(other)
-        ordered = sorted((self.chosen[other] for other in equal), key=lambda match: match.start)
-        match = ordered[equal.index(path)]
+        match = self.chosen[path]
         is_with_name = _is_with_name(self.text, path, match, self.anchors)
         return evolve(match.place, is_with_name=is_with_name)
+
+
+def _may_be_denied(path: str) -> bool:
+    return path.startswith(("diagnoses/", "medications/")) and path.endswith("/name")
 
 
 def _record_of(path: str) -> str:
@@ -140,6 +144,8 @@ def _is_with_name(text: PageText, path: str, match: Match, anchors: Mapping[str,
     patient stand near the other values of it.
     """
     record, _, name = path.rpartition("/")
+    if _may_be_denied(path) and is_denied_at(text, match):
+        return False
     anchor = anchors[record]
     down = match.line - anchor.line
     if record == "patient" and name in ("age", "sex"):

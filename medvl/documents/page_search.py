@@ -8,7 +8,15 @@ from typing import Literal
 
 from attrs import field, frozen
 
-from medvl.documents.quantities import EVERY_HOURS, medical_terms, parse_quantity, same_number, same_unit
+from medvl.documents.quantities import (
+    EVERY_HOURS,
+    is_denied_between,
+    medical_terms,
+    parse_quantity,
+    same_number,
+    same_unit,
+)
+from medvl.documents.rules import find_ranges
 from medvl.documents.words import Box, Word, join_boxes, lines_of, part_of_box
 
 Spelling = Literal["exact", "same", "similar"]
@@ -33,7 +41,7 @@ class Place:
         spelling: "exact": every letter of it is there, whatever the case and the spaces; "same": another spelling of
             the same number, unit or listed term (8,4 for 8.4, ug for mcg, BID for twice daily); else "similar".
         is_with_name: a value of a medication, test or vital sign stands with the name of that, age and sex with
-            the patient; True for others.
+            the patient; a diagnosis or drug is not denied there; True for others.
         behind: the 20 letters that follow on the page, in lower case.
     """
 
@@ -58,6 +66,7 @@ class PageText:
     numbers: tuple[int, ...]  # of the page of each word
     quantities: frozenset[str]  # numbers as they are printed
     units: frozenset[str]  # words that may be units
+    ranges: frozenset[int]  # words in columns of reference ranges
 
 
 @frozen
@@ -75,10 +84,15 @@ def join_pages(pages: Sequence[Sequence[Word]]) -> PageText:
     text = ""
     ordered, places = list[Word](), list[tuple[int, int]]()
     lines, numbers = list[int](), list[int]()
+    ranges = set[int]()
     number = 0  # of the line
     for page, words in enumerate(pages):
-        for line in lines_of(words):
+        printed = lines_of(words)
+        limits = set(map(id, find_ranges(printed)))
+        for line in printed:
             for word in line:
+                if id(word) in limits:
+                    ranges.add(len(ordered))
                 text += _fold(word.text) + " "
                 places += [(len(ordered), place) for place in range(len(word.text) + 1)]
                 ordered.append(word)
@@ -96,6 +110,7 @@ def join_pages(pages: Sequence[Sequence[Word]]) -> PageText:
         numbers=tuple(numbers),
         quantities=frozenset(re.findall(r"(?:[<>]=?|[≤≥~])? ?\d(?:[\d.,/]*\d)?", text)),
         units=frozenset(re.sub(r"^[\d.,]+|[.,;:()\[\]]+", "", word) for word in text.split()),
+        ranges=frozenset(ranges),
     )
 
 
@@ -125,6 +140,10 @@ def find_value(page: PageText, path: str, value: str) -> list[Match]:
         for span, is_alike in _spans(page, _fold(text)).items():
             if path.endswith(("/value", "/dose", "/age")) and not _is_whole(page, *span):
                 continue
+            if path.endswith("/value") and page.places[span[0]][0] in page.ranges:
+                continue
+            if path.endswith("/frequency") and _COUNTED.search(page.text, max(0, span[0] - 20), span[0]):
+                continue
             known = matches.get(span)
             if known is None or known.place.spelling == "similar":
                 near_miss = _match(page, [span], "similar", _NEAR_MISS)
@@ -138,6 +157,27 @@ def find_value(page: PageText, path: str, value: str) -> list[Match]:
     if path.endswith("/name") and any(match.place.spelling == "exact" for match in places):
         return [match for match in places if match.place.spelling != "same"]  # the B12 of "Vitamin B12"
     return places
+
+
+def is_denied_at(page: PageText, match: Match) -> bool:
+    """Whether the words beside a name on its line deny it ("no pneumonia") or name it as an allergy."""
+    first, last = page.places[match.start][0], page.places[match.stop - 1][0]
+    start, stop = first, last + 1
+    while start > 0 and _is_beside(page, start - 1):
+        start -= 1
+    while stop < len(page.words) and _is_beside(page, stop - 1):
+        stop += 1
+    before = " ".join(word.text for word in page.words[start:first])
+    after = " ".join(word.text for word in page.words[last + 1 : stop])
+    is_allergy = re.search(r"\b(?:allerg|intoleran)[^.;]*$", before, re.IGNORECASE)
+    return bool(is_allergy) or is_denied_between(before, after)
+
+
+def _is_beside(page: PageText, number: int) -> bool:
+    """Whether the next word follows on the same line, without the gap of another column."""
+    word, other = page.words[number : number + 2]
+    gap = other.box[0] - word.box[2]
+    return page.lines[number] == page.lines[number + 1] and gap < 1.5 * word.height
 
 
 def _other_spellings(page: PageText, path: str, value: str) -> list[str]:
@@ -161,6 +201,8 @@ def _other_spellings(page: PageText, path: str, value: str) -> list[str]:
     return []
 
 
+# Before "daily" of "twice daily", which is not once daily.
+_COUNTED = re.compile(r"(?:twice|thrice|times|[2-9] ?x) (?:a |per )?$")
 # Where no word or number goes on: a unit may stand right behind its number ("25mg").
 _BEFORE = {
     True: re.compile(r"(?<![^\W_])(?<!\d[.,/:])(?<![^\W\d_]-)"),
@@ -209,11 +251,16 @@ def _common_runs(page: PageText, text: str) -> list[tuple[int, int]]:
     return runs
 
 
+# The number of a range ends right before, the sign of a limit, or a minus.
+_LIMIT_BEFORE = re.compile(r"(?:(?<![\w.,])(?<!\w-)\d[\d.,]*(?: ?- ?| to )|[<>≤≥~]=? ?|(?:^|\s)-|up to )$")
+_LIMIT_BEHIND = re.compile(r" ?- ?\d| to \d")
+
+
 def _is_whole(page: PageText, start: int, stop: int) -> bool:
-    """Whether a number is no part of a range ("5-10"), has no sign that is not its own ("<5"), and does not count the
+    """Whether a number is no part of a range ("5-10", "5 to 10"), has no sign that is not its own ("<5"), and does not count the
     entries of a list ("2. Warfarin")."""
     text = page.text
-    before, behind = text[max(0, start - 3) : start], text[stop : stop + 4]
+    before, behind = text[max(0, start - 20) : start], text[stop : stop + 5]
     if not text[start].isdigit():
         return True
     if re.match(r"[.)] ?[^\W\d]", behind):
@@ -222,8 +269,7 @@ def _is_whole(page: PageText, start: int, stop: int) -> bool:
         gap = page.words[word].box[0] - page.words[word - 1].box[2]
         if is_first or gap > page.words[word].height:
             return False
-    has_sign = re.search(r"(?:[<>≤≥~]=? ?|(?:\d|^|\s)-|\d - )$", before)
-    return not has_sign and not re.match(r" ?- ?\d", behind)
+    return not _LIMIT_BEFORE.search(before) and not _LIMIT_BEHIND.match(behind)
 
 
 def _match(page: PageText, spans: Sequence[tuple[int, int]], spelling: Spelling, score: float) -> Match:

@@ -309,6 +309,12 @@ _CLAUSE_END = re.compile(
 )
 
 
+def is_denied_between(before: str, after: str) -> bool:
+    """Whether what a page prints before and behind a term denies it, in the same clause."""
+    clause, rest = _CLAUSE_END.split(before)[-1], _CLAUSE_END.split(after)[0]
+    return _is_denied(plain_words(clause), plain_words(rest))
+
+
 def _is_denied(before: str, after: str) -> bool:
     """Whether a term is denied by the words of its clause before or directly behind it."""
     before = _NO_DENIAL.sub(" ", before.casefold())

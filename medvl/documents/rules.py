@@ -35,6 +35,7 @@ class _Table:
     height: float
     section: str
     rows: list[dict[str, str]] = field(factory=list)
+    ranges: list[Word] = field(factory=list)  # words of reference ranges
     is_open: bool = True
 
 
@@ -99,6 +100,12 @@ def _read_tables(lines: Sequence[list[Word]]) -> tuple[list[_Table], list[list[W
             vitals = [row for row in table.rows if is_listed(row.get("name", ""), "vitals")]
             table.section = "vitals" if 2 * len(vitals) > len(table.rows) else "labs"
     return tables, rest
+
+
+def find_ranges(lines: Sequence[list[Word]]) -> list[Word]:
+    """The words in columns of reference ranges: no value of a test is there."""
+    tables, _ = _read_tables(lines)
+    return [word for table in tables for word in table.ranges]
 
 
 def _find_titles(line: Sequence[Word]) -> list[tuple[_Table, set[int]]]:
@@ -177,6 +184,9 @@ def _add_row(table: _Table, line: Sequence[Word], used: set[int]) -> set[int]:
     if len(cells) < 2 or table.columns[0] not in cells:
         return set()
     table.bottom = max(word.box[3] for word in words)
+    for title in ("range", "low", "high"):
+        if title in cells:
+            table.ranges += cells[title]
     table.rows.append(_split_name({column: join_words(cell).text for column, cell in cells.items()}))
     return places
 

@@ -101,6 +101,100 @@ def test_a_sign_a_minus_a_list_mark_or_a_letter_that_looks_alike(value, page, st
     assert statuses(Fields(labs=[Lab("CRP", value)]), page)["labs/0/value"] == status
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "AST (U/L) 8 - 40",
+        "AST 8-40 U/L",
+        "AST 8 to 40",
+        "AST (8 -40)",
+        "AST < 40",
+        "AST up to 40",
+        "Test   Result   Reference   Flag\nALT    12       < 8         H\nAST    9        40          H",
+        "Test   Result   Low   High\nAST    9        8     40",
+        "Test   Low   High   Result\nAST    8     40     9",
+    ],
+)
+def test_a_limit_of_its_range_is_no_value(page):
+    """The limit itself is verified, and has its place."""
+    evidence = check_fields(Fields(labs=[Lab("AST", "40", high="40")]), [words_of(page)])
+    assert evidence.unverified == ("labs/0/value",)
+    assert check_fields(Fields(labs=[Lab("AST", "40")]), [words_of(page)]).unverified == ("labs/0/value",)
+
+
+@pytest.mark.parametrize(
+    ("page", "place"),
+    [
+        ("AST 40 U/L 8 - 40", 4),
+        ("AST (8-40) 40 U/L", 11),
+        ("Test   Low   High   Result\nAST    8     40     40", 20),
+    ],
+)
+def test_a_value_that_is_as_great_as_its_limit(page, place):
+    evidence = check_fields(Fields(labs=[Lab("AST", "40", high="40")]), [words_of(page)])
+    assert evidence.unverified == ()
+    assert evidence.values[1].box[0] == 40 + 8 * place
+
+
+def test_a_number_of_a_name_and_a_dash_before_a_value_make_no_range():
+    assert set(statuses(Fields(labs=[Lab("B12", "300")]), "B12 - 300").values()) == {"verified"}
+    assert set(statuses(Fields(vitals=[Vital("SpO2", "98")]), "SpO2 - 98 %").values()) == {"verified"}
+
+
+@pytest.mark.parametrize(
+    "page", ["Drug 5 mg twice daily", "Drug 5 mg 3x daily", "Drug 5 mg three times daily"]
+)
+def test_daily_of_twice_daily_is_not_once_daily(page):
+    for frequency in ("once daily", "daily", "QD"):
+        fields = Fields(medications=[Medication("Drug", "5", "mg", frequency=frequency)])
+        assert statuses(fields, page)["medications/0/frequency"] == "missing"
+        assert statuses(fields, "Drug 5 mg daily")["medications/0/frequency"] in ("same", "verified")
+
+
+def test_a_unit_that_is_not_behind_its_number_stands_elsewhere():
+    fields = Fields(medications=[Medication("Drug", "5", "mg")])
+    assert statuses(fields, "Drug 5 mL (of 10 mg)")["medications/0/unit"] == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "page", "status"),
+    [
+        ("diagnoses", "Pneumonia", "No evidence of pneumonia. Gout.", "elsewhere"),
+        ("diagnoses", "Pneumonia", "No fever. Pneumonia.", "verified"),
+        ("diagnoses", "Pneumonia", "Fever: no          Pneumonia", "verified"),
+        ("diagnoses", "Pneumonia", "Pneumonia: ruled out", "elsewhere"),
+        ("diagnoses", "Pneumonia", "No pneumonia in May\nPneumonia", "verified"),
+        ("diagnoses", "Diabetes", "Family history of diabetes", "elsewhere"),
+        ("medications", "Penicillin", "Allergies: latex, penicillin", "elsewhere"),
+        ("medications", "Penicillin", "Allergies: latex. Penicillin 500 mg", "verified"),
+    ],
+)
+def test_what_is_denied_or_an_allergy_is_not_verified(section, name, page, status):
+    row = Diagnosis(name) if section == "diagnoses" else Medication(name)
+    assert statuses(Fields(**{section: [row]}), page)[f"{section}/0/name"] == status
+
+
+def test_doses_of_two_rows_of_one_drug_are_not_exchanged():
+    page = "Metformin 500 mg QAM\nMetformin 1000 mg QPM"
+    rows = [Medication("Metformin", "500", "mg", "", "QPM")]
+    found = statuses(Fields(medications=rows), page)
+    assert "elsewhere" in (found["medications/0/dose"], found["medications/0/frequency"])
+
+
+def test_a_row_that_is_stated_twice_leaves_the_first_its_values():
+    labs = [Lab("Hgb", "15.4", "g/dL"), Lab("Hgb", "15.4", "g/dL"), Lab("Na", "139")]
+    evidence = check_fields(
+        Fields(labs=labs, procedures=["ECG", "ECG"]), [words_of("Hgb 15.4 g/dL\nNa 139\nECG")]
+    )
+    assert evidence.unverified == ("labs/1/name", "labs/1/value", "labs/1/unit", "procedures/1")
+    assert [(w.path, w.kind) for w in evidence.warnings] == [
+        ("labs/1/name", "repeat"),
+        ("procedures/1", "repeat"),
+    ]
+    twice = check_fields(Fields(labs=labs), [words_of("Hgb 15.4 g/dL"), words_of("Hgb 15.4 g/dL\nNa 139")])
+    assert (twice.unverified, twice.warnings) == ((), ())
+
+
 def test_wrapped_and_running_entries_belong_to_the_name_before_them():
     text = "Tamsulosin 0.4 mg once daily; Baclofen\n10 mg three times daily; Digoxin 25 mg\nonce weekly"
     rows = [
