@@ -1,6 +1,7 @@
 """A service under load: nothing lost, nothing swapped, how fast, how soon /health answers, how much memory.
 
     python -m benches.load_service [--seconds 60]
+    python -m benches.load_service --speed          only the last part; on a GPU with a model of 1.5 billion weights
 
 A small vision-language model with three adapters is served by a process of its own. 200 mixed requests (texts, images,
 adapters, mixtures, streams, schemas, chance) are sent by 1, 4, 16 and 64 clients at once, and each answer must be that
@@ -30,6 +31,8 @@ import torch
 from PIL import Image
 
 from medvl.adapters import cache
+from medvl.base import processes
+from medvl.evaluation import results
 from medvl.hub import tokens
 from medvl.language import chat, generate
 from medvl.language.chat import Chat, ChatConfig, ModelConfig
@@ -39,14 +42,16 @@ from medvl.serve.engine import BatchEngine, EngineConfig, EngineService
 from medvl.serve.interface import End
 from medvl.weights import lora
 
-WIDTH, LAYERS = 256, 4
+CUDA = torch.cuda.is_available()
+# On a GPU the width and depth of a model of about 1.5 billion weights, in bfloat16.
+WIDTH, LAYERS, HEADS, DTYPE = (2048, 28, 16, "bfloat16") if CUDA else (256, 4, 4, "float32")
 TEXT = {
     "vocab_size": 320,
     "hidden_size": WIDTH,
     "intermediate_size": 3 * WIDTH,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS // 8 or 2,
     "max_position_embeddings": 2048,
 }
 MODEL = {
@@ -54,7 +59,11 @@ MODEL = {
     "text_config": {
         "model_type": "qwen2_5_vl_text",
         **TEXT,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [16, 24, 24] if CUDA else [8, 12, 12],
+            "rope_theta": 10000.0,
+        },
     },
     "vision_config": {
         "depth": 2,
@@ -114,15 +123,20 @@ def open_model() -> models.Served:
     tok.chat_template = chat.TEMPLATES["chatml"]
     gen = torch.Generator().manual_seed(0)
     opened, weights = chat.open_chat(
-        ModelConfig(config=MODEL, dtype="float32"), ChatConfig(max_pixels=64 * 784), tok, gen
+        ModelConfig(config=MODEL, dtype=DTYPE),
+        ChatConfig(max_pixels=64 * 784),
+        tok,
+        gen,
+        device=processes.choose_device("auto"),
     )
     weights = {name: w * 4 if w.dim() > 1 else w for name, w in weights.items()}
     adapters = []
     for name in ADAPTERS:
         cfg = lora.LoraConfig(rank=8, targets=("q_proj", "v_proj", "down_proj"))
         adapter = lora.init_lora(cfg, opened.skeleton, gen)
+        adapter = lora.move_adapter(adapter, processes.choose_device("auto"))
         for factors in adapter.factors.values():
-            factors["b"].normal_(std=0.05, generator=gen)
+            factors["b"].copy_(torch.randn(factors["b"].shape, generator=gen) * 0.05)
         adapters.append(models.evolve(adapter, name=name))
     mixer = models._Mixer(weights, ADAPTERS, cache.cache_pool(lambda ids: [adapters[i] for i in ids]))
     return models.Served(
@@ -354,14 +368,16 @@ def compare_speed() -> None:
         for i, text in enumerate(texts)
     ]
     speeds: dict[str, list[float]] = {}
+    print(f"on {results.device_name()}")
     for _ in range(3):
         for name, run in (
             ("one by one", partial(_one_by_one, served, texts, new)),
-            ("engine, 1 row", partial(_by_engine, served, requests, 1)),
-            ("engine, 16 rows", partial(_by_engine, served, requests, 16)),
-            ("engine, 32 rows", partial(_by_engine, served, requests, 32)),
-            ("medvl generate, batches of 16", partial(_by_batches, served, texts, new, 16)),
-            ("transformers generate, batches of 16", partial(_by_transformers, served, texts, new, 16)),
+            *((f"engine, {rows} rows", partial(_by_engine, served, requests, rows)) for rows in (1, 8, 32)),
+            *(
+                (f"transformers, batches of {n}", partial(_by_transformers, served, texts, new, n))
+                for n in (1, 8, 32)
+            ),
+            ("medvl generate, batches of 32", partial(_by_batches, served, texts, new, 32)),
         ):
             start = time.perf_counter()
             number = run()
@@ -416,6 +432,7 @@ def _by_batches(served: models.Served, texts: list[str], new: int, size: int) ->
 def _by_transformers(served: models.Served, texts: list[str], new: int, size: int) -> int:
     prompts = _prompts(served, texts)
     model = _transformers_model(served.chat, served.params["model"])
+    device = next(model.parameters()).device
     end = list(chat.sampling_of(served.chat, new).end)
     number = 0
     for start in range(0, len(texts), size):
@@ -424,8 +441,8 @@ def _by_transformers(served: models.Served, texts: list[str], new: int, size: in
         )
         with torch.no_grad():
             ids = model.generate(
-                input_ids=batch["ids"],
-                attention_mask=batch["mask"].long(),
+                input_ids=batch["ids"].to(device),
+                attention_mask=batch["mask"].long().to(device),
                 max_new_tokens=new,
                 do_sample=False,
                 eos_token_id=end,
@@ -444,7 +461,8 @@ _MODELS: dict[str, Any] = {}
 def _transformers_model(opened: Chat, weights: Any) -> Any:
     if "model" not in _MODELS:
         module: Any = opened.skeleton.module
-        model = type(module)(module.config)
+        weight = next(iter(weights.values()))
+        model = type(module)(module.config).to(weight.device, weight.dtype)
         model.load_state_dict(dict(weights), strict=False)
         _MODELS["model"] = model.eval()
     return _MODELS["model"]
@@ -479,9 +497,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--serve", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--speed", action="store_true", help="only compare the engine with generate")
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve, 16)
     else:
-        asyncio.run(main(arguments.seconds))
+        if not arguments.speed:
+            asyncio.run(main(arguments.seconds))
         compare_speed()
