@@ -35,7 +35,7 @@ def decoded_token(config: dict[str, Any], batch: int, prompt: int, *, grown: boo
         call = {"input_ids": ids, "position_ids": positions}
         output = cached_forward.forward_prompt(model, call, 0 if grown else 256)
         decoding = cached_forward.Decoding(
-            cache=getattr(output, cached_forward._cache_name(model)),
+            cache=getattr(output, cached_forward.cache_name(model)),
             logits=output.logits,
             length=prompt,
             mask=None,
