@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import multiprocessing
 import secrets
 import socket
 from collections.abc import Sequence
@@ -67,7 +68,12 @@ def serve(
         )
     )
     with _bound(cfg.host, cfg.port) as bound:
-        asyncio.run(_run(server, backend, bound))
+        try:
+            asyncio.run(_run(server, backend, bound))
+        finally:
+            # A second Ctrl-C leaves them. They heed no signal, and Python would wait for them for ever.
+            for process in multiprocessing.active_children():
+                process.kill()
 
 
 def _is_local(host: str) -> bool:

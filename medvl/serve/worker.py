@@ -266,6 +266,8 @@ class Worker:
             # In a thread: the server that forks processes may have to be started itself, which takes seconds.
             self._process, connection = await asyncio.to_thread(self._fork)
         except Exception as e:  # no process or no file can be opened now
+            if self.state == "closed":
+                return
             _log.error("%s: cannot be started: %s", self.name, place_of(e))
             self._start_again()
             return

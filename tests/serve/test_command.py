@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -268,3 +269,28 @@ def test_a_new_key_is_accepted(folder, tmp_path):
     digests = read_keys(str(tmp_path / "keys"))
     assert is_accepted(f"Bearer {key}", digests)
     assert not is_accepted(f"Bearer {key}x", digests)
+
+
+def test_a_second_interrupt_ends_it_at_once(tmp_path):
+    """Although a request is under way, for which it waits after the first."""
+    started = Started(tmp_path, "--engine", "http://127.0.0.1:9", "--set", "readers=0")
+    try:
+        started.wait_ready()
+        opener = started.process_of("opener")["pid"]
+        host, port = started.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(
+                b"POST /extract HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+            )
+            connection.sendall(b"content-length: 100\r\n\r\n--b")
+            with started.client() as client:
+                assert client.get("/ready").status_code == 200  # it has read the lines above
+            for _ in range(2):
+                started.process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            started.process.wait(20)
+        assert (
+            not Path(f"/proc/{opener}/cmdline").exists() or not Path(f"/proc/{opener}/cmdline").read_bytes()
+        )
+    finally:
+        started.process.kill()
