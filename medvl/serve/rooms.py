@@ -78,6 +78,7 @@ def open_slides(post: Callable[[Any], None], emit: Emit, folder: str) -> Calls:
     from medvl.slides.maps import draw_map
     from medvl.slides.relevance import top_patches
     from medvl.systems.slide_vqa import look, run
+    from medvl.systems.slide_vqa.record import data_path
 
     with files.file_lock(folder, shared=True):
         opened = run.load(Path(folder))
@@ -88,19 +89,31 @@ def open_slides(post: Callable[[Any], None], emit: Emit, folder: str) -> Calls:
         Raises:
             Refused: features that cannot be read, no slide of the name.
         """
-        about: dict[str, Any] = {"max_tokens": max_tokens, "opened": opened}
+        if not content:
+            return told(look_at_name(slide, question, max_tokens))
         # In memory, and gone with the answer: HDF5 opens files by their real names only, and tokens of a slide are
         # kept by its content.
         with tempfile.TemporaryDirectory(prefix="medvl-slide-", dir="/dev/shm") as place:
+            path, tokens = Path(place) / "slide", Path(place) / "tokens"
+            path.write_bytes(content)
             try:
-                if content:
-                    path = Path(place) / "slide"
-                    path.write_bytes(content)
-                    answer = look.look_at_slide(folder, path, question, cache=Path(place) / "tokens", **about)
-                else:
-                    answer = look.look_at_slide(folder, slide, question, **about)
+                return told(
+                    look.look_at_slide(folder, path, question, "", max_tokens, opened=opened, cache=tokens)
+                )
             except ValueError as e:
                 raise Refused(400, f"the slide cannot be read: {_without_path(e)}") from None
+
+    def look_at_name(slide: str, question: str, max_tokens: int) -> dict[str, Any]:
+        # With its store, as a name alone could be that of any file of this machine.
+        features = data_path(opened[0].cfg, "features")
+        try:
+            if "/" in slide or "::" in slide:
+                raise ValueError
+            return look.look_at_slide(folder, f"{features}::{slide}", question, "", max_tokens, opened=opened)
+        except ValueError:  # its message tells names of other slides
+            raise Refused(400, "there is no slide of that name in the run, or it cannot be read") from None
+
+    def told(answer: dict[str, Any]) -> dict[str, Any]:
         patches = top_patches(answer["relevance"], answer["coords"], 5)
         picture = draw_map(answer["relevance"], answer["coords"], answer["patch_size"])
         return {"text": answer["answer"].strip(), "patches": patches, "map": _png(picture)}
@@ -145,6 +158,5 @@ def _plain_errors(work: Callable[[], Any]) -> Any:
 
 
 def _without_path(error: ValueError) -> str:
-    """The message of an error about a file, without the file's name."""
-    words = [word for word in str(error).split() if "/proc/self/fd" not in word and "/dev/shm" not in word]
-    return " ".join(words)[:300]
+    """The message of an error about a file, without names of files."""
+    return " ".join(word for word in str(error).split() if "/" not in word)[:300]

@@ -555,5 +555,13 @@ def test_a_run_is_served(trained):
     with pytest.raises(Refused, match="the slide cannot be read") as refused:
         ask("ask", content=b"Jane Doe", slide="", **question)
     assert "/proc" not in str(refused.value)
-    with pytest.raises(Refused, match="no slide of that name"):
-        ask("ask", content=b"", slide="elsewhere", **question)
+    # A client names slides of the run, and no file of this machine.
+    for name in (
+        "elsewhere",
+        str(slide),
+        f"{slide.parent}::{slide.stem}",
+        f"../{slide.parent.name}/{slide.stem}",
+    ):
+        with pytest.raises(Refused, match="no slide of that name") as refused:
+            ask("ask", content=b"", slide=name, **question)
+        assert str(slide.parent) not in str(refused.value)
