@@ -24,7 +24,7 @@ def schema_grammar(tok: Any, vocabulary: int, end: Sequence[int]) -> Callable[[M
     """What makes a mask of a JSON schema, for answers of one model.
 
     The result is kept, as it takes seconds to make: `mask = grammar(schema)` takes milliseconds. A mask is of
-    one answer, of one row (`sampling.allow_rows` joins those of a batch), and is asked for its steps in order. Behind
+    one answer, of one row, and is asked for its steps in order. Behind
     the whole document only end tokens are allowed. Documents are compact, but for a space that may come first, and
     bounded as `bounded_schema` says; names of objects come in the order of the schema. Where max_tokens ends an
     answer its JSON is not complete.

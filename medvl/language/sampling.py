@@ -107,23 +107,6 @@ def allow_in_phases(*phases: tuple[int, Allowed]) -> Allowed:
     return allowed
 
 
-def allow_rows(rows: Sequence[Allowed | None], vocabulary: int) -> Allowed:
-    """A mask of its own for each row of a batch; None allows all tokens. Each sees its own row, ids [1, step]."""
-
-    def allowed(step: int, so_far: Tensor) -> Tensor:
-        if len(so_far) != len(rows):
-            raise ValueError(f"allow_rows: made for {len(rows)} rows, got {len(so_far)}")
-        masks = list[Tensor]()
-        for i, row in enumerate(rows):
-            mask = torch.ones(vocabulary, dtype=torch.bool)
-            if row is not None:
-                mask = row(step, so_far[i : i + 1])
-            masks.append(full_mask(mask, 1, vocabulary, so_far.device).view(vocabulary))
-        return torch.stack(masks)
-
-    return allowed
-
-
 def full_mask(mask: Tensor, rows: int, vocabulary: int, device: torch.device) -> Tensor:
     """A mask of allowed tokens over the vocabulary, [v] or [b, v]; what it does not cover is forbidden."""
     fits = mask.dtype == torch.bool and mask.dim() in (1, 2) and mask.shape[-1] <= vocabulary

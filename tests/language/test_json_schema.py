@@ -10,7 +10,7 @@ import torch
 from medvl.hub import tokens
 from medvl.language.generate import generate
 from medvl.language.json_schema import _byte_tokenizer, schema_grammar
-from medvl.language.sampling import Sampling, allow_rows
+from medvl.language.sampling import Sampling, full_mask
 from tests import tiny
 from tests.naive_schema import is_valid, read_document
 
@@ -207,6 +207,19 @@ def test_names_are_written_as_the_schema_has_them(lower):
     assert json.loads(text) == dict.fromkeys(names, " A ")
 
 
+def allow_rows(rows, vocabulary):
+    """A mask of its own for each row of a batch; None allows all tokens."""
+
+    def allowed(step, so_far):
+        masks = []
+        for row, ids in zip(rows, so_far, strict=True):
+            mask = torch.ones(vocabulary, dtype=torch.bool) if row is None else row(step, ids[None])
+            masks.append(full_mask(mask, 1, vocabulary, so_far.device).view(vocabulary))
+        return torch.stack(masks)
+
+    return allowed
+
+
 def test_rows_of_a_batch_have_schemas_of_their_own(tok, capfd):
     """Each equal to the same prompt alone, though they end at different steps."""
     skeleton, params = tiny.model("qwen2")
@@ -248,11 +261,6 @@ def test_a_row_that_a_stop_string_ended_takes_any_tokens(tok, grammar):
         ids.append(int(mask.nonzero()[0]))
     allowed(3, torch.tensor([ids]))
     assert allowed(4, torch.tensor([[*ids, 0]])).nonzero().flatten().tolist() == [END]
-
-
-def test_rows_must_be_those_of_the_batch():
-    with pytest.raises(ValueError, match="made for 2 rows, got 1"):
-        allow_rows([None, None], 5)(0, torch.zeros(1, 0, dtype=torch.int64))
 
 
 def sentencepiece(prefix):
