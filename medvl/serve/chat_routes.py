@@ -21,12 +21,21 @@ from medvl.serve.site import Site, count_end, finish_reason, streamed, usage_of
 def add_routes(app: FastAPI, site: Site) -> None:
     """Add them to a service."""
 
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "medvl"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """What `model` may be."""
         names = await site.backend.language_engine().models()
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "medvl"} for name in names]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": [described(name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        if name not in await site.backend.language_engine().models():
+            raise Refused(404, "there is no model of this name; GET /v1/models lists them")
+        return described(name)
 
     body_schema = {
         "application/json": {
@@ -91,7 +100,7 @@ async def _chat_request(site: Site, body: ChatBody) -> interface.Request:
     most = body.max_completion_tokens or body.max_tokens or 0
     if most > cfg.max_tokens:
         raise Refused(422, f"max_tokens must be at most {cfg.max_tokens}")
-    adapter: Any = body.adapter
+    adapter: Any = body.adapter or ""
     if not adapter and body.model not in ("", site.backend.model):
         adapter = body.model
     messages, contents = [], list[bytes]()
@@ -116,12 +125,12 @@ async def _chat_request(site: Site, body: ChatBody) -> interface.Request:
         adapter=adapter,
         schema=_chat_schema(body),
         max_tokens=most,
-        temperature=body.temperature,
+        temperature=body.temperature or 0.0,
         # At temperature 0 these choose nothing, and clients send them all the same.
-        top_k=body.top_k if body.temperature else 0,
-        top_p=body.top_p if body.temperature else 1.0,
+        top_k=body.top_k or 0 if body.temperature else 0,
+        top_p=body.top_p or 1.0 if body.temperature else 1.0,
         stop=stop,
-        seed=body.seed,
+        seed=body.seed or 0,
         deadline_s=cfg.deadline_s,
     )
 

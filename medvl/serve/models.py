@@ -156,6 +156,10 @@ def find_revision(served: Served) -> str:
     return content.hexdigest()[:12]
 
 
+def _listed(names: Sequence[str]) -> str:
+    return f"are {', '.join(names)}" if names else "are none with this model"
+
+
 def find_mixture(served: Served, adapter: str | Mapping[str, float], conversation: Conversation) -> Mixture:
     """The adapters that a request asks for.
 
@@ -174,7 +178,7 @@ def find_mixture(served: Served, adapter: str | Mapping[str, float], conversatio
         adapter = {adapter: 1.0}
     unknown = [name for name in adapter if name not in served.adapters]
     if unknown:
-        raise Refused(400, f"adapter: there are {', '.join(served.adapters) or 'none'}, got another name")
+        raise Refused(400, f"adapter: there {_listed(served.adapters)}, got another name")
     weights = [float(weight) for weight in adapter.values()]
     if not all(abs(weight) <= 100 for weight in weights):  # nan is not, either
         raise Refused(400, "adapter: weights must be finite numbers from -100 to 100")

@@ -192,15 +192,16 @@ class ChatBody(BaseModel):
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=0.0, ge=0, le=100)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    # null is as nothing: clients send it for what they leave open.
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
     stop: str | list[str] | None = None
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    stream: bool = False
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    adapter: str | dict[str, float] = ""
+    adapter: str | dict[str, float] | None = None
     # Refused below unless they say nothing.
     n: int | None = None
     logprobs: bool | None = None

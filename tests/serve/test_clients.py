@@ -46,6 +46,30 @@ def picture():
 
 def test_openai_models(client):
     assert [model.id for model in client.models.list()] == ["toy", "liver", "lung", "skin"]
+    assert client.models.retrieve("lung").id == "lung"
+    with pytest.raises(openai.NotFoundError, match="no model of this name"):
+        client.models.retrieve("kidney")
+
+
+def test_openai_nulls_are_as_nothing(client):
+    """Clients on top of OpenAI's send null for what they leave open."""
+    asked = {"model": "toy", "messages": [{"role": "user", "content": "glucose"}], "max_tokens": 12}
+    names = (
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "stream",
+        "response_format",
+        "n",
+        "logprobs",
+        "tools",
+        "max_completion_tokens",
+    )
+    nulls = client.chat.completions.create(**asked, **dict.fromkeys(names))
+    assert (
+        nulls.choices[0].message.content == client.chat.completions.create(**asked).choices[0].message.content
+    )
 
 
 def test_openai_chat_and_stream(client):
