@@ -190,12 +190,16 @@ class RowCache:
     def leave(self, row: int) -> None:
         """Remove a row; the last one has its number from now on."""
         last = len(self.lengths) - 1
-        end = self.lengths.pop()
-        if row != last:
-            self.lengths[row] = end
-            for layer in self.layers:
-                layer.key_room[row, :, :end] = layer.key_room[last, :, :end]
-                layer.value_room[row, :, :end] = layer.value_room[last, :, :end]
+        length, last_length = self.lengths[row], self.lengths[last]
+        self.lengths[row] = last_length
+        self.lengths.pop()
+        for layer in self.layers:
+            for room in (layer.key_room, layer.value_room):
+                # Zeros behind all rows, as at first: the row that left may have failed, and hold what is not finite.
+                room[row, :, :length] = 0
+                if row != last:
+                    room[row, :, :last_length] = room[last, :, :last_length]
+                    room[last, :, :last_length] = 0
         self._renew_index()
 
     def mask(self, window: int) -> Tensor:

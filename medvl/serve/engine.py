@@ -269,9 +269,8 @@ class BatchEngine:
     def _begin(self, prepared: Prepared) -> None:
         """Run a prompt, choose its first token, and add its row."""
         begun = time.monotonic()
-        weights = self.served.weights([prepared.mixture])
         try:
-            prompt = self._run_prompt(prepared.call, weights)
+            prompt = self._run_prompt(prepared.call, self.served.weights([prepared.mixture]))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             self.emit(

@@ -73,6 +73,38 @@ def test_rows_are_answered_as_alone(kind, gen):
     assert len({*answers}) == len(answers)  # or rows that are swapped would not be seen
 
 
+@pytest.mark.parametrize(("failed", "next_length"), [(0, 25), (1, 3)])
+def test_a_row_that_was_not_finite_leaves_nothing_behind(failed, next_length, gen):
+    """What a mask hides is multiplied by 0, which makes nan of nan: the next row would fail where that lies."""
+    skeleton, params = tiny.model("qwen2")
+    long, kept, joined = (torch.randint(3, 140, (1, n), generator=gen) for n in (30, 20, next_length))
+
+    def write(model):
+        prompts = [
+            rows_in_flight.run_prompt(model, vlm.model_inputs(skeleton, {"ids": ids}))
+            for ids in (long, kept, joined)
+        ]
+        rows = rows_in_flight.no_rows(model, prompts[0])
+        first_two = prompts[:2] if failed == 0 else prompts[1::-1]
+        for prompt in first_two:
+            rows_in_flight.join(rows, prompt, (2, 60), 10_000)
+        for layer in rows.cache.layers:
+            layer.key_room[failed, :, :30] = torch.nan
+            layer.value_room[failed, :, :30] = torch.nan
+        rows_in_flight.leave(rows, failed)
+        rows_in_flight.join(rows, prompts[2], (2, 60), 10_000)
+        return rows_in_flight.decode(model, rows, torch.tensor([7, 7]))
+
+    with torch.no_grad():
+        together = skeleton.run(params, write)
+        for ids, logits in zip((kept, joined), together, strict=True):
+            call = vlm.model_inputs(skeleton, {"ids": torch.cat([ids, torch.tensor([[7]])], 1)})
+            alone = skeleton.run(
+                params, lambda model, call=call: rows_in_flight.run_prompt(model, call)
+            ).logits[0]
+            torch.testing.assert_close(logits, alone)
+
+
 def test_memory_stays_within_its_cells(gen):
     """A long prompt makes the memory wide; it is not kept as wide for many rows as for one."""
     skeleton, params = tiny.model("qwen2")
