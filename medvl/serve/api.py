@@ -7,7 +7,7 @@ import resource
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -94,9 +94,8 @@ def _add_state(app: FastAPI, site: Site) -> None:
                 **worker.info,
                 **worker.load,
             }
-        status = "stopping" if backend.is_closing else "loading" if backend.missing else "ready"
         return responses.Health(
-            status=status,  # type: ignore[arg-type]
+            status=_status(backend),
             missing=backend.missing,
             version=app.version,
             model=backend.model,
@@ -124,6 +123,12 @@ def _add_state(app: FastAPI, site: Site) -> None:
             "files": files,
             "models": await asyncio.to_thread(_read_models, backend),
         }
+
+
+def _status(backend: Backend) -> Literal["ready", "loading", "stopping"]:
+    if backend.is_closing:
+        return "stopping"
+    return "loading" if backend.missing else "ready"
 
 
 def _resident_bytes(pid: int) -> int:

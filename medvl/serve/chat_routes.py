@@ -15,7 +15,7 @@ from medvl.serve.forms import read_json, until_gone
 from medvl.serve.http import seen
 from medvl.serve.interface import End, Refused
 from medvl.serve.responses import DISCLAIMER, ChatBody, ImagePart, Text
-from medvl.serve.site import Site, count_end, finish_reason, streamed, usage_of
+from medvl.serve.site import Site, answer_whole, finish_reason, streamed, usage_of
 
 
 def add_routes(app: FastAPI, site: Site) -> None:
@@ -55,8 +55,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
             return await _chat_stream(request, site, asked, head, with_usage)
-        text, end = await until_gone(request, extract.answer(site.backend, asked))
-        count_end(site, end)
+        text, end = await answer_whole(request, site, asked)
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason(end), "logprobs": None}
         about = {"object": "chat.completion", "choices": [choice], "usage": usage_of([end]).model_dump()}

@@ -88,7 +88,8 @@ async def open_files(
 async def answer(backend: Backend, request: Request) -> tuple[str, End]:
     """The whole answer to a request, and how it ended."""
     text, end = "", None
-    async with aclosing(backend.language_engine().stream(request)) as events:  # type: ignore[type-var]
+    stream: Any = backend.language_engine().stream(request)
+    async with aclosing(stream) as events:
         async for event in events:
             if isinstance(event, Piece):
                 text += event.text

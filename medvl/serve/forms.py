@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from attrs import frozen
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -20,6 +20,7 @@ from medvl.serve.interface import Refused
 from medvl.serve.settings import Limits, ServeConfig
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it quotes bytes of broken forms
 _FIELD_BYTES = 2**20  # of a part of a form that is no file
 
@@ -160,7 +161,7 @@ def _without_names(error: ValueError, text: str) -> str:
         return "schema: it is not JSON"
 
 
-async def read_json(request: Request, kind: type[T]) -> T:
+async def read_json(request: Request, kind: type[Body]) -> Body:
     """The body as a pydantic model.
 
     Raises:
@@ -171,26 +172,19 @@ async def read_json(request: Request, kind: type[T]) -> T:
         raise Refused(415, "a body must be application/json")
     body = b"".join([part async for part in request.stream()])
     try:
-        return kind.model_validate_json(body)  # type: ignore[attr-defined]
+        return kind.model_validate_json(body)
     except ValidationError as e:
-        faults = []
-        for fault in e.errors(include_url=False, include_context=False, include_input=False)[:5]:
-            place = ".".join(
-                part
-                for part in map(str, fault["loc"])
-                if (part.isascii() and part.isidentifier()) or part.isdigit()
-            )
-            faults.append(f"{place or 'body'}: {_plain_fault(fault)}")
-        is_json = not any(
-            fault["type"] == "json_invalid" for fault in e.errors(include_context=False, include_input=False)
-        )
-        raise Refused(
-            422 if is_json else 400, "; ".join(faults) if is_json else "the body is not JSON"
-        ) from None
+        faults = e.errors(include_url=False, include_context=False, include_input=False)
+        if any(fault["type"] == "json_invalid" for fault in faults):
+            raise Refused(400, "the body is not JSON") from None
+        raise Refused(422, "; ".join(map(_plain_fault, faults[:5]))) from None
 
 
 def _plain_fault(fault: Mapping[str, Any]) -> str:
-    return {"missing": "is missing", "extra_forbidden": "is not known"}.get(fault["type"], fault["msg"])
+    parts = [str(part) for part in fault["loc"]]
+    place = ".".join(part for part in parts if part.isdigit() or (part.isascii() and part.isidentifier()))
+    message = {"missing": "is missing", "extra_forbidden": "is not known"}.get(fault["type"], fault["msg"])
+    return f"{place or 'body'}: {message}"
 
 
 def read_adapter(text: str) -> str | dict[str, float]:

@@ -3,7 +3,6 @@
 import asyncio
 import datetime
 import json
-import time
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,6 +17,7 @@ from medvl.serve.interface import Refused
 from medvl.serve.site import (
     Site,
     answer_head,
+    answer_whole,
     count_end,
     finish_reason,
     png_address,
@@ -63,7 +63,6 @@ def add_routes(app: FastAPI, site: Site) -> None:
         """What the model says of pages, as text; streamed with stream=true."""
         form = await read_form(request, site.cfg.limits, analyze_names)
         wish = read_wish(form, site.cfg)
-        begun = time.monotonic()
         _, images = await until_gone(request, extract.open_files(site.backend, seen().id, form.files, wish))
         prompt = wish.prompt or "Describe what this shows."
         asked = interface.Request(
@@ -82,11 +81,9 @@ def add_routes(app: FastAPI, site: Site) -> None:
                 site,
                 asked,
                 lambda piece: {"text": piece},
-                lambda end: [text_answer("", end, begun)],
+                lambda end: [text_answer("", end)],
             )
-        text, end = await until_gone(request, extract.answer(site.backend, asked))
-        count_end(site, end)
-        return text_answer(text, end, begun)
+        return text_answer(*await answer_whole(request, site, asked))
 
 
 def _bundle(extraction: Extraction, request: str, version: str) -> Any:
@@ -170,16 +167,16 @@ def _value(value: Any, path: str, page: int | None) -> responses.FoundValue:
 def _extracted(extraction: Extraction) -> responses.Extracted:
     values = _values(extraction)
     warnings = [
-        responses.FoundWarning(path=warning.path, kind=warning.kind, message=warning.message)
+        responses.FoundWarning.model_validate(warning, from_attributes=True)
         for warning in _warnings(extraction)
     ]
-    cut = [page for page in extraction.pages if page.end and page.end.reason == "length"]
-    for page in cut:
-        message = (
-            f"the answer for page {page.number} of file {page.file} reached max_tokens and is not complete"
-        )
-        warnings.append(responses.FoundWarning(path="", kind="cut", message=message))
-    ends = [page.end for page in extraction.pages if page.end]
+    ends = []
+    for page in extraction.pages:
+        assert page.end is not None
+        ends.append(page.end)
+        if page.end.reason == "length":
+            message = f"the answer for page {page.number} of file {page.file} reached max_tokens and is not complete"
+            warnings.append(responses.FoundWarning(path="", kind="cut", message=message))
     return responses.Extracted(
         **answer_head(ends[0]),
         fields=None if extraction.fields is None else json.loads(fields_to_json(extraction.fields)),

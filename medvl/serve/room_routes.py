@@ -1,6 +1,5 @@
 """Routes of the other systems: findings of CTs, slides, questions to a registry, and unified's answers and pictures."""
 
-import time
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,7 +8,7 @@ from medvl.serve import extract, interface, responses
 from medvl.serve.forms import Form, form_schema, read_adapter, read_form, read_wish, until_gone
 from medvl.serve.http import seen
 from medvl.serve.interface import Refused
-from medvl.serve.site import Site, count_end, png_address, text_answer
+from medvl.serve.site import Site, answer_whole, png_address, text_answer
 from medvl.serve.worker import Worker
 
 _CT = ("findings", "hu", "spacing_from", "slices")
@@ -22,17 +21,14 @@ def add_routes(app: FastAPI, site: Site) -> None:
     """Add them to a service."""
     backend, deadline_s = site.backend, site.cfg.deadline_s
 
-    def about(begun: float, room: Worker) -> dict[str, Any]:
-        return {
-            "id": seen().id,
-            "model": room.info.get("run", ""),
-            "seconds": {"total": round(time.monotonic() - begun, 4)},
-        }
+    def about(room: Worker) -> dict[str, Any]:
+        seconds = {"total": round(seen().elapsed, 4)}
+        return {"id": seen().id, "model": room.info.get("run", ""), "seconds": seconds}
 
     @app.post("/ct/classify", response_model=responses.Classified, openapi_extra=form_schema("CT", _CT))
     async def classify(request: Request) -> Any:
         """Zero-shot findings of a chest CT (NIfTI); findings: one a line, those of the run if left out."""
-        begun, room = time.monotonic(), backend.room("ct")
+        room = backend.room("ct")
         form = await read_form(request, site.cfg.limits, _CT)
         findings = [line.strip() for line in form.texts.get("findings", "").splitlines() if line.strip()]
         settings = [f"{name}={form.texts[name]}" for name in ("hu", "spacing_from") if name in form.texts]
@@ -51,7 +47,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             for name, p in found["probability"].items()
         ]
         return responses.Classified(
-            findings=rows, slices=[png_address(png) for png in found["slices"]], **about(begun, room)
+            findings=rows, slices=[png_address(png) for png in found["slices"]], **about(room)
         )
 
     @app.post(
@@ -59,7 +55,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
     )
     async def ask_slide(request: Request) -> Any:
         """An answer about a slide: a file of patch features (.h5, .pt), or one of the run by its name."""
-        begun, room = time.monotonic(), backend.room("slides")
+        room = backend.room("slides")
         form = await read_form(request, site.cfg.limits, _SLIDES)
         slide = form.texts.get("slide", "").strip()
         if bool(slide) == bool(form.files):
@@ -74,18 +70,14 @@ def add_routes(app: FastAPI, site: Site) -> None:
             max_tokens=form.max_tokens(site.cfg.max_tokens) or 128,
         )
         answer = await until_gone(request, work)
-        patches = [
-            responses.Patch(rank=p.rank, x=p.x, y=p.y, relevance=p.relevance, percentile=p.percentile)
-            for p in answer["patches"]
-        ]
+        patches = [responses.Patch.model_validate(patch, from_attributes=True) for patch in answer["patches"]]
         return responses.SlideAnswer(
-            text=answer["text"], patches=patches, map=png_address(answer["map"]), **about(begun, room)
+            text=answer["text"], patches=patches, map=png_address(answer["map"]), **about(room)
         )
 
     @app.post("/adapters/ask", response_model=responses.Analysed, openapi_extra=form_schema("Ask", _ASK))
     async def ask_adapters(request: Request) -> Any:
         """An answer with the adapters of the registry that fit the question, or with those that are named."""
-        begun = time.monotonic()
         form = await read_form(request, site.cfg.limits, _ASK)
         images = await _images(request, site, form)
         asked = interface.Request(
@@ -96,14 +88,12 @@ def add_routes(app: FastAPI, site: Site) -> None:
             max_tokens=form.max_tokens(site.cfg.max_tokens),
             deadline_s=deadline_s,
         )
-        text, end = await until_gone(request, extract.answer(backend, asked))
-        count_end(site, end)
-        return text_answer(text, end, begun)
+        return text_answer(*await answer_whole(request, site, asked))
 
     @app.post("/unified/ask", response_model=responses.TextAnswer, openapi_extra=form_schema("Ask", _UNIFIED))
     async def ask_unified(request: Request) -> Any:
         """An answer about an image."""
-        begun, room = time.monotonic(), backend.room("unified")
+        room = backend.room("unified")
         form = await read_form(request, site.cfg.limits, _UNIFIED)
         content = {
             "question": _question(form),
@@ -111,12 +101,12 @@ def add_routes(app: FastAPI, site: Site) -> None:
             "max_tokens": form.max_tokens(site.cfg.max_tokens) or 256,
         }
         text = await until_gone(request, room.call(seen().id, "ask", deadline_s, **content))
-        return responses.TextAnswer(text=text, **about(begun, room))
+        return responses.TextAnswer(text=text, **about(room))
 
     @app.post("/unified/draw", response_model=responses.Drawn, openapi_extra=form_schema("Draw", _UNIFIED))
     async def draw_unified(request: Request) -> Any:
         """The picture that a text asks for, from an image or without one."""
-        begun, room = time.monotonic(), backend.room("unified")
+        room = backend.room("unified")
         form = await read_form(request, site.cfg.limits, _UNIFIED)
         content = {
             "text": _question(form),
@@ -125,7 +115,7 @@ def add_routes(app: FastAPI, site: Site) -> None:
             "seed": int(form.number("seed", 0, 0, 2**53)),
         }
         png = await until_gone(request, room.call(seen().id, "draw", deadline_s, **content))
-        return responses.Drawn(picture=png_address(png), **about(begun, room))
+        return responses.Drawn(picture=png_address(png), **about(room))
 
 
 def _question(form: Form) -> str:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -12,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from medvl.serve import interface, responses
+from medvl.serve import extract, interface, responses
 from medvl.serve.backend import Backend
 from medvl.serve.forms import until_gone
 from medvl.serve.http import failure, seen
@@ -105,14 +104,21 @@ def answer_head(end: End) -> dict[str, Any]:
     return {"id": seen().id, "model": end.model, "revision": end.revision, "adapters": adapters}
 
 
-def text_answer(text: str, end: End, begun: float) -> responses.Analysed:
-    """A text that the model has answered to a request that was begun at a time of time.monotonic."""
+async def answer_whole(request: Request, site: Site, asked: interface.Request) -> tuple[str, End]:
+    """The whole text of an answer, and how it ended; it is not finished for a client that goes."""
+    text, end = await until_gone(request, extract.answer(site.backend, asked))
+    count_end(site, end)
+    return text, end
+
+
+def text_answer(text: str, end: End) -> responses.Analysed:
+    """A text that the model has answered."""
     return responses.Analysed(
         **answer_head(end),
         text=text,
         finish_reason=finish_reason(end),
         usage=usage_of([end]),
-        seconds=seconds_of({"total": time.monotonic() - begun}, [end]),
+        seconds=seconds_of({"total": seen().elapsed}, [end]),
     )
 
 
