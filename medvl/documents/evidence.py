@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from attrs import asdict, evolve, field, frozen
 
-from medvl.documents.fields import Fields, Lab, Vital, leaves
+from medvl.documents.fields import Fields, Lab, Medication, Vital, leaves
 from medvl.documents.locate import find_on_pages
 from medvl.documents.page_search import PageText, Place, find_value, join_pages
 from medvl.documents.quantities import find_quantities, normalise_flag, parse_quantity, same_unit
@@ -20,7 +20,7 @@ from medvl.documents.rules import repair_word
 from medvl.documents.words import Box, Word
 
 Status = Literal["verified", "same", "similar", "elsewhere", "missing"]
-WarningKind = Literal["flag", "range", "unit", "number", "patient", "empty", "repeat"]
+WarningKind = Literal["flag", "range", "unit", "number", "patient", "empty", "repeat", "cut", "prose"]
 _FREE_TEXTS = ("text", "procedures/", "diagnoses/")
 
 
@@ -65,11 +65,28 @@ class Contradiction:
 
 
 @frozen(kw_only=True)
+class LeftOut:
+    """A value that `drop_unverified` has left out, without its text.
+
+    Attributes:
+        path: its entry as it is in what is left, and the name of the value ("labs/0/unit"); of an entry that is left
+            out whole, as its name is not verified, the name of its list ("labs").
+        status: of the value, or of the name of the entry; also "verified" of what says something else without another.
+        page: where it stands, from 0.
+    """
+
+    path: str
+    status: Status
+    page: int | None = None
+
+
+@frozen(kw_only=True)
 class Evidence:
     """What pages show of an answer: a `Value` for each of its leaves, in their order."""
 
     values: tuple[Value, ...] = ()
     warnings: tuple[Contradiction, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def unverified(self) -> tuple[str, ...]:
@@ -133,47 +150,75 @@ def _unshown_numbers(text: str, printed: PageText) -> tuple[str, ...]:
 
 # Without the unverified -------------------------------------------------------------------------------------
 def drop_unverified(fields: Fields, evidence: Evidence) -> tuple[Fields, Evidence]:
-    """What is verified of an answer, and its evidence under the new paths.
+    """What is verified of an answer, and its evidence under the new paths, with what was left out.
 
-    An entry of a list whose name is not verified goes as a whole, another value alone. Warnings of what is left stay:
-    they are about the answer as it was.
+    An entry of a list whose name is not verified goes as a whole. A number and its unit go together, a flag with its
+    value, and both ends of a range. Warnings are those of what is left.
     """
-    status = {value.path: value.verified for value in evidence.values}
-    kept: dict[str, Any] = {"text": fields.text if status.get("text") else ""}
-    moved: dict[str, str] = {}  # old path of an entry: new one
-    kept["patient"] = _verified_part(fields.patient, "patient", status)
-    for name in ("diagnoses", "medications", "labs", "vitals", "procedures"):
-        kept[name] = []
-        for i, entry in enumerate(getattr(fields, name)):
-            path = f"{name}/{i}"
-            if status.get(path if name == "procedures" else f"{path}/name"):
-                moved[path] = f"{name}/{len(kept[name])}"
-                kept[name].append(_verified_part(entry, path, status))
-    return evolve(fields, **kept), Evidence(
-        values=_move([value for value in evidence.values if value.verified], moved),
-        warnings=_move(evidence.warnings, moved),
+    values = {value.path: value for value in evidence.values}
+    moved: dict[str, str] = {}  # old path of a value that is kept: new one
+    left_out = list[LeftOut]()
+
+    def leave_out(old: str, path: str) -> None:
+        left_out.append(LeftOut(path=path, status=values[old].status, page=values[old].page))
+
+    def keep_part(record: Any, old: str, new: str) -> Any:
+        stated = [name for name in asdict(record) if f"{old}/{name}" in values]
+        unverified = {name for name in stated if not values[f"{old}/{name}"].verified}
+        dropped = _with_dependants(record, unverified)
+        for name in stated:
+            if name in dropped:
+                leave_out(f"{old}/{name}", f"{new}/{name}")
+            else:
+                moved[f"{old}/{name}"] = f"{new}/{name}"
+        empty = type(record)()
+        return evolve(record, **{name: getattr(empty, name) for name in dropped})
+
+    kept: dict[str, Any] = {"patient": keep_part(fields.patient, "patient", "patient")}
+    for section in ("diagnoses", "medications", "labs", "vitals", "procedures"):
+        rows: list[Any] = []
+        for i, entry in enumerate(getattr(fields, section)):
+            old, new = f"{section}/{i}", f"{section}/{len(rows)}"
+            name = old if section == "procedures" else f"{old}/name"
+            if name not in values or not values[name].verified:
+                stated = [path for path in values if path == name or path.startswith(f"{old}/")]
+                for path in stated[:1]:  # the name, or what an entry without one begins with
+                    leave_out(path, section)
+            elif section == "procedures":
+                moved[old] = new
+                rows.append(entry)
+            else:
+                rows.append(keep_part(entry, old, new))
+        kept[section] = rows
+    if "text" in values and values["text"].verified:
+        moved["text"] = "text"
+    elif "text" in values:
+        leave_out("text", "text")
+        kept["text"] = ""
+    fields = evolve(fields, **kept)
+    gone = {value.path for value in left_out}
+    return fields, Evidence(
+        values=tuple(
+            evolve(value, path=moved[value.path]) for value in evidence.values if value.path in moved
+        ),
+        warnings=tuple(warning for warning in _warnings(fields, {}) if warning.path not in gone),
+        left_out=tuple(left_out),
     )
 
 
-def _verified_part(record: Any, path: str, status: Mapping[str, bool]) -> Any:
-    """A record without its unverified values."""
-    if isinstance(record, str):
-        return record
-    empty = type(record)()
-    unverified = [name for name in asdict(record) if not status.get(f"{path}/{name}")]
-    return evolve(record, **{name: getattr(empty, name) for name in unverified})
-
-
-def _move(items: Sequence[Any], moved: Mapping[str, str]) -> tuple[Any, ...]:
-    """Items under their new paths; without those of entries that are gone."""
-    rows = []
-    for item in items:
-        entry = re.match(r"\w+/\d+", item.path)
-        if entry is None:  # of the patient or the text
-            rows.append(item)
-        elif entry[0] in moved:
-            rows.append(evolve(item, path=moved[entry[0]] + item.path[entry.end() :]))
-    return tuple(rows)
+def _with_dependants(record: Any, unverified: set[str]) -> set[str]:
+    """Names of the unverified values of a record, and of those that say something else without them."""
+    dropped = set(unverified)
+    number = "dose" if isinstance(record, Medication) else "value"
+    if dropped & {number, "unit"}:
+        dropped |= {number, "flag"}
+    # Half of a range is another range, and a range is in the unit of its test.
+    if dropped & {"low", "high", "unit"}:
+        dropped |= {"low", "high"}
+    has_range = isinstance(record, Lab) and (record.low or record.high) and "low" not in dropped
+    if number in dropped and not has_range:
+        dropped.add("unit")
+    return dropped & set(asdict(record))
 
 
 def _repeats(values: Sequence[Value]) -> Iterator[Contradiction]:

@@ -9,7 +9,8 @@ import functools
 import re
 import tomllib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _BINDINGS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "meta.security": ("v3-ObservationValue", ("UNCERTREL",)),
     "category.coding": ("observation-category", ("laboratory", "vital-signs")),
     "interpretation.coding": ("v3-ObservationInterpretation", ("H", "L", "HH", "LL", "N", "A")),
-    "dataAbsentReason.coding": ("data-absent-reason", ("unknown",)),
+    "dataAbsentReason.coding": ("data-absent-reason", ("unknown", "error")),
     "verificationStatus.coding": ("condition-ver-status", ("unconfirmed",)),
     "agent.type.coding": ("provenance-participant-type", ("assembler",)),
     "timing.code.coding": (
@@ -49,17 +50,27 @@ _STATUS = {  # of each type of resource; "" = it has none
     "Procedure": "unknown",
     "DocumentReference": "current",
     "Provenance": "",
+    "OperationOutcome": "",
 }
+_ISSUES = {"informational": "information", "incomplete": "warning"}  # codes of issues with their severity
 
 
 def make_bundle(
-    fields: Fields, evidence: Evidence, *, software: str, model: str, made_at: datetime, request: str
+    fields: Fields,
+    evidence: Evidence,
+    *,
+    software: str,
+    model: str,
+    made_at: datetime,
+    request: str,
+    disclaimer: str = "",
+    notices: Sequence[str] = (),
 ) -> Json:
     """A Bundle of type collection: patient, tests, vital signs, medications, diagnoses, procedures, the running text,
     and for each of them a Provenance.
 
     A resource with a value that is not verified, or that is warned of, has the security label UNCERTREL ("uncertain
-    reliability") and a note that names the values. The Provenance of a resource names software and model, and in the
+    reliability") and a note that names the values; so has one of which `drop_unverified` left something out. The Provenance of a resource names software and model, and in the
     extension "urn:x-medvl:evidence" of its entity each value as text with its status, score, page (from 1) and box.
 
     The patient is a resource of its own with what the page says: no date of birth is made of an age. The age and the
@@ -70,6 +81,9 @@ def make_bundle(
         software: with its version.
         made_at: with its time zone.
         request: id of the request: the same request with the same fields has the same `fullUrl`s.
+        disclaimer: an issue, "informational", of the Bundle's OperationOutcome.
+        notices: why the whole may not be complete (an answer that was cut): issues, "incomplete". So are entries that
+            were left out whole.
     Raises:
         ValueError: `made_at` has no time zone.
     """
@@ -84,10 +98,11 @@ def make_bundle(
 
     entries = list[Json]()
     provenances = list[Json]()
-    for path, resource in _resources(fields).items():
+    for path, resource in _resources(fields, evidence).items():
         values = _values_of(path, fields, evidence)
         warnings = [w.message for w in evidence.warnings if w.path == path or w.path.startswith(f"{path}/")]
-        _mark(resource, [value for value in values if not value.verified], warnings)
+        unverified = [value for value in values if not value.verified]
+        _mark(resource, unverified, _left_out(path, evidence), warnings)
         if path != "patient":
             resource["subject"] = {"reference": url("patient")}
         entity = {
@@ -109,6 +124,8 @@ def make_bundle(
         }
         entries.append({"fullUrl": url(path), "resource": resource})
         provenances.append({"fullUrl": url(f"provenance/{path}"), "resource": provenance})
+    if outcome := _outcome(disclaimer, [*notices, *_entries_left_out(evidence)]):
+        provenances.append({"fullUrl": url("outcome"), "resource": outcome})
     bundle = {"resourceType": "Bundle", "type": "collection", "timestamp": made_at.isoformat()}
     bundle = _clean(bundle | {"entry": entries + provenances})
     check_bundle(bundle)
@@ -116,15 +133,15 @@ def make_bundle(
 
 
 # Resources --------------------------------------------------------------------------------------------------
-def _resources(fields: Fields) -> dict[str, Json]:
+def _resources(fields: Fields, evidence: Evidence) -> dict[str, Json]:
     """The resources of fields by the path of their record, without subject."""
     resources: dict[str, Json] = {"patient": _patient(fields.patient)}
     for i, lab in enumerate(fields.labs):
-        resources[f"labs/{i}"] = _observation(lab, "laboratory")
+        resources[f"labs/{i}"] = _observation(lab, "laboratory", _left_out(f"labs/{i}", evidence))
     for i, vital in enumerate(fields.vitals):
-        resources[f"vitals/{i}"] = _observation(vital, "vital-signs")
+        resources[f"vitals/{i}"] = _observation(vital, "vital-signs", _left_out(f"vitals/{i}", evidence))
     for i, medication in enumerate(fields.medications):
-        resources[f"medications/{i}"] = _medication(medication)
+        resources[f"medications/{i}"] = _medication(medication, _left_out(f"medications/{i}", evidence))
     for i, diagnosis in enumerate(fields.diagnoses):
         status = {"coding": [_coding("verificationStatus.coding", "unconfirmed")]}
         condition = {"resourceType": "Condition", "verificationStatus": status}
@@ -154,13 +171,15 @@ def _patient(patient: Patient) -> Json:
     return resource
 
 
-def _observation(row: Lab | Vital, category: str) -> Json:
+def _observation(row: Lab | Vital, category: str, left_out: Sequence[str]) -> Json:
+    # "error": a value was stated that no page shows; "unknown": none was stated.
+    error = {"dataAbsentReason": {"coding": [_coding("dataAbsentReason.coding", "error")]}}
     resource: Json = {
         "resourceType": "Observation",
         "status": "preliminary",
         "category": [{"coding": [_coding("category.coding", category)]}],
         "code": _concept(row.name),
-    } | _value_of(row)
+    } | (error if "value" in left_out else _value_of(row))
     if isinstance(row, Lab):
         if row.flag:
             code = normalise_flag(row.flag)
@@ -213,9 +232,15 @@ def _range(lab: Lab) -> Json:
     return ends
 
 
-def _medication(medication: Medication) -> Json:
-    printed = (medication.dose, medication.unit, medication.route, medication.frequency)
-    words = [*printed, "as needed" if medication.prn else ""]
+def _medication(medication: Medication, left_out: Sequence[str]) -> Json:
+    printed = {
+        "dose": f"{medication.dose} {medication.unit}".strip(),
+        "route": medication.route,
+        "frequency": medication.frequency,
+        "prn": "as needed" if medication.prn else "",
+    }
+    # The rest must not read as a whole: "IM QW" without its dose.
+    words = [f"[{name} left out]" if name in left_out else text for name, text in printed.items()]
     dosage: Json = {"text": " ".join(filter(None, words))}
     if medication.frequency:
         codes = [
@@ -294,13 +319,35 @@ def _values_of(path: str, fields: Fields, evidence: Evidence) -> list[Value]:
     return values
 
 
-def _mark(resource: Json, unverified: list[Value], warnings: list[str]) -> None:
+def _left_out(path: str, evidence: Evidence) -> list[str]:
+    """Names of the values that were left out of a record."""
+    paths = [value.path for value in evidence.left_out]
+    return [other.removeprefix(f"{path}/") for other in paths if other.startswith(f"{path}/")]
+
+
+def _entries_left_out(evidence: Evidence) -> list[str]:
+    """What is said of the entries, and of the text, that were left out whole."""
+    counts = Counter(value.path for value in evidence.left_out if "/" not in value.path)
+    return [f"left out of {name}, as no page shows it: {count}" for name, count in counts.items()]
+
+
+def _outcome(disclaimer: str, notices: Sequence[str]) -> Json:
+    """What is to be known of the whole Bundle."""
+    rows = [("informational", disclaimer)] if disclaimer else []
+    rows += [("incomplete", notice) for notice in notices]
+    issues = [{"severity": _ISSUES[code], "code": code, "details": {"text": text}} for code, text in rows]
+    return {"resourceType": "OperationOutcome", "issue": issues} if issues else {}
+
+
+def _mark(resource: Json, unverified: list[Value], left_out: list[str], warnings: list[str]) -> None:
     """Label a resource that must not be taken for a verified one, and say why."""
-    if not unverified and not warnings:
+    if not unverified and not left_out and not warnings:
         return
     names = [value.path.rpartition("/")[2] for value in unverified]
     named = ", ".join("name" if name.isdigit() else name for name in names)
     sentences = [f"Not verified on the page: {named}."] if unverified else []
+    if left_out:
+        sentences.append(f"Left out, as no page shows it: {', '.join(left_out)}.")
     sentences += [f"Warning: {warning}." for warning in warnings]
     text = " ".join([*sentences, "Compare it with the page."])
     resource["meta"] = {"security": [_coding("meta.security", "UNCERTREL")]}
@@ -368,7 +415,10 @@ def _check_resource(resource: Json, path: str, patients: set[str]) -> None:
         _fail(f"{path}.resourceType", f"must be one of {', '.join(_STATUS)}")
     elif resource.get("status", "") != _STATUS[kind]:
         _fail(f"{path}.status", f"must be {_STATUS[kind] or 'left out'}")
-    if kind not in ("Patient", "Provenance") and resource.get("subject", {}).get("reference") not in patients:
+    if (
+        kind not in ("Patient", "Provenance", "OperationOutcome")
+        and resource.get("subject", {}).get("reference") not in patients
+    ):
         _fail(f"{path}.subject", "must refer to a Patient of the Bundle")
     required = {"Observation": ("category", "code"), "Condition": ("verificationStatus", "code")}
     for name in required.get(str(kind), ()):
@@ -388,6 +438,10 @@ def _check_node(node: Json, path: str, urls: set[str]) -> None:
     if "code" not in node or isinstance(node["code"], dict):
         return
     plain = re.sub(r"\[\d+\]", "", path)
+    if plain.endswith(".issue"):
+        if node.get("severity") != _ISSUES.get(node["code"], ""):
+            _fail(path, f"must have a code of {', '.join(_ISSUES)}, and its severity")
+        return
     for place, (system, codes) in _BINDINGS.items():
         if plain.endswith(f".{place}"):
             if node.get("system") != _TERMS + system or node["code"] not in codes:

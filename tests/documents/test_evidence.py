@@ -316,8 +316,7 @@ def test_without_the_unverified_paths_are_those_of_what_is_left():
     )
     evidence = check_fields(answer, PAGES)
     fields, kept = drop_unverified(answer, evidence)
-    # The H of the page is potassium's.
-    expected = [evolve(ANSWER.medications[0], dose="")], [evolve(ANSWER.labs[1], unit="")]
+    expected = [evolve(ANSWER.medications[0], dose="", unit="")], [Lab("Sodium")]
     assert fields == Fields(
         kind="discharge summary", patient=ANSWER.patient, medications=expected[0], labs=expected[1]
     )
@@ -326,8 +325,53 @@ def test_without_the_unverified_paths_are_those_of_what_is_left():
     boxes = {value.path: value.box for value in evidence.values}
     moved = next(value for value in kept.values if value.path == "medications/0/name")
     assert moved.box == boxes["medications/1/name"]
-    assert [w.path for w in kept.warnings] == ["labs/0/unit", "labs/0/flag"]
-    assert drop_unverified(ANSWER, check_fields(ANSWER, PAGES))[0] == ANSWER
+    assert kept.warnings == ()
+    assert [(value.path, value.status, value.page) for value in kept.left_out] == [
+        ("medications", "missing", None),
+        ("medications/0/dose", "missing", None),
+        ("medications/0/unit", "verified", 0),
+        ("medications/0/prn", "missing", None),
+        ("labs/0/value", "verified", 1),
+        ("labs/0/unit", "missing", None),
+        ("labs/0/low", "verified", 1),
+        ("labs/0/high", "verified", 1),
+        ("labs/0/flag", "elsewhere", 1),  # the H of the page is potassium's
+        ("procedures", "missing", None),
+        ("text", "missing", None),
+    ]
+    same, complete = drop_unverified(ANSWER, check_fields(ANSWER, PAGES))
+    assert same == ANSWER
+    assert (complete.left_out, complete.warnings) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"value": "9.5"}, Lab("Potassium", "", "mmol/L", "3.5", "5.1")),  # the unit is that of the range
+        ({"value": "9.5", "low": "", "high": ""}, Lab("Potassium")),
+        ({"unit": "mg/dL"}, Lab("Potassium")),
+        ({"low": "3.7"}, Lab("Potassium", "5.9", "mmol/L", flag="H")),
+        ({"flag": "L"}, Lab("Potassium", "5.9", "mmol/L", "3.5", "5.1")),
+    ],
+)
+def test_what_says_something_else_without_the_unverified_goes_with_it(wrong, expected):
+    answer = Fields(labs=[evolve(ANSWER.labs[0], **wrong)])
+    fields, kept = drop_unverified(answer, check_fields(answer, PAGES))
+    assert fields.labs == (expected,)
+    gone = set(leaves(answer)) - set(leaves(fields))
+    assert {value.path for value in kept.left_out} == gone
+    assert not gone & {warning.path for warning in kept.warnings}
+
+
+def test_warnings_of_what_is_left_stay():
+    """A right flag that the answer does not state, and a wrong one of a row that is left out."""
+    labs = [Lab("Chloride", "99", "mmol/L", "135", "145"), evolve(ANSWER.labs[0], flag="")]
+    answer = Fields(labs=labs)
+    evidence = check_fields(answer, PAGES)
+    assert [w.path for w in evidence.warnings] == ["labs/0/flag", "labs/1/flag"]
+    _, kept = drop_unverified(answer, evidence)
+    assert [w.path for w in kept.warnings] == ["labs/0/flag"]
+    assert [value.path for value in kept.left_out] == ["labs"]
 
 
 @pytest.mark.parametrize(

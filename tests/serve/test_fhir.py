@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from medvl.documents.evidence import Evidence, check_fields
+from medvl.documents.evidence import Evidence, check_fields, drop_unverified
 from medvl.documents.fields import Diagnosis, Fields, Lab, Medication, Patient, Vital
 from medvl.documents.quantities import medical_terms, parse_quantity
 from medvl.phantoms.page_records import words as drawn_words
@@ -301,6 +301,56 @@ def test_what_is_not_verified_is_marked(evidence):
     for kind in ("Patient", "Procedure", "DocumentReference"):
         assert resources(bundle, kind)[0]["meta"] == label
     validate(bundle)
+
+
+def test_what_was_left_out_is_told():
+    """Of a dose, a value and a unit that no page shows, and of two whole entries."""
+    fields = Fields(
+        patient=Patient("Alma"),
+        medications=[
+            Medication("Cyanocobalamin", "100", "mcg", "IM", "QW"),
+            Medication("Aspirin", "81", "mg"),
+        ],
+        labs=[
+            Lab("Hgb", "7.4", "g/dL", "12", "16", "L"),
+            Lab("Glu", "51", "mmol/L", "70", "99", "L"),
+            Lab("Na", "139"),
+        ],
+        text="Not on the page.",
+    )
+    page = "Alma\nCyanocobalamin 1000 mcg IM QW\nHgb 11.4 g/dL 12-16 L\nGlu 51 mg/dL 70-99 L\nNa 139"
+    left, evidence = drop_unverified(fields, check_fields(fields, [words_of(page)]))
+    bundle = make_bundle(
+        left, evidence, **MADE, disclaimer="Research use only.", notices=["an answer was cut"]
+    )
+    validate(bundle)
+    (statement,) = resources(bundle, "MedicationStatement")
+    hgb, glu, sodium = resources(bundle, "Observation")
+    for resource, names in (
+        (statement, "dose, unit"),
+        (hgb, "value, flag"),
+        (glu, "value, unit, low, high, flag"),
+    ):
+        assert resource["meta"]["security"][0]["code"] == "UNCERTREL"
+        assert f"Left out, as no page shows it: {names}." in resource["note"][0]["text"]
+    assert "meta" not in sodium
+    assert statement["dosage"][0]["text"] == "[dose left out] IM QW"
+    assert "doseAndRate" not in statement["dosage"][0]
+    for resource in (hgb, glu):
+        assert resource["dataAbsentReason"]["coding"][0]["code"] == "error"
+        assert "interpretation" not in resource
+    assert hgb["referenceRange"][0]["low"]["unit"] == "g/dL"
+    assert "referenceRange" not in glu
+    (outcome,) = resources(bundle, "OperationOutcome")
+    assert [(issue["severity"], issue["code"], issue["details"]["text"]) for issue in outcome["issue"]] == [
+        ("information", "informational", "Research use only."),
+        ("warning", "incomplete", "an answer was cut"),
+        ("warning", "incomplete", "left out of medications, as no page shows it: 1"),
+        ("warning", "incomplete", "left out of text, as no page shows it: 1"),
+    ]
+    outcome["issue"][0]["severity"] = "fatal"
+    with pytest.raises(ValueError, match=r"issue\[0\] must have a code"):
+        check_bundle(bundle)
 
 
 def test_the_same_request_gives_the_same_bundle():
