@@ -98,6 +98,8 @@ def _bundle(extraction: Extraction, request: str, version: str) -> Any:
         model=f"{end.model} {end.revision}".strip(),
         made_at=datetime.datetime.now(datetime.UTC),
         request=request,
+        disclaimer=responses.DISCLAIMER,
+        notices=[warning.message for warning in _warnings(extraction) if not warning.path],
     )
 
 
@@ -148,7 +150,17 @@ def _printed(value: responses.FoundValue) -> responses.FoundValue:
 
 
 def _warnings(extraction: Extraction) -> tuple[Contradiction, ...]:
-    return (*extraction.warnings, *(extraction.evidence.warnings if extraction.evidence else ()))
+    """Those about whole pages before those about values."""
+    warnings = list(extraction.warnings)
+    for page in extraction.pages:
+        if page.end and page.end.reason == "length":
+            message = f"the answer for page {page.number} of file {page.file} reached max_tokens and is not complete"
+            warnings.append(Contradiction(path="", kind="cut", message=message))
+    read_as = extraction.fields.read_as if extraction.fields else ""
+    if read_as in ("prose", "repaired json"):
+        message = f"an answer was not whole JSON and was read as {read_as}: compare the list of entries, too"
+        warnings.append(Contradiction(path="", kind="prose", message=message))
+    return (*warnings, *(extraction.evidence.warnings if extraction.evidence else ()))
 
 
 def _value(value: Any, path: str, page: int | None) -> responses.FoundValue:
@@ -170,18 +182,17 @@ def _extracted(extraction: Extraction) -> responses.Extracted:
         responses.FoundWarning.model_validate(warning, from_attributes=True)
         for warning in _warnings(extraction)
     ]
-    ends = []
-    for page in extraction.pages:
-        assert page.end is not None
-        ends.append(page.end)
-        if page.end.reason == "length":
-            message = f"the answer for page {page.number} of file {page.file} reached max_tokens and is not complete"
-            warnings.append(responses.FoundWarning(path="", kind="cut", message=message))
+    left_out = [
+        responses.LeftOutValue(path=value.path, status=value.status, page=value.page)
+        for value in (extraction.evidence.left_out if extraction.evidence else ())
+    ]
+    ends = [page.end for page in extraction.pages if page.end]
     return responses.Extracted(
         **answer_head(ends[0]),
         fields=None if extraction.fields is None else json.loads(fields_to_json(extraction.fields)),
         values=values,
         unverified=[value.path for value in values if not value.verified],
+        left_out=left_out,
         warnings=warnings,
         pages=[_page(page) for page in extraction.pages],
         usage=usage_of(ends),

@@ -41,6 +41,14 @@ class FoundValue(BaseModel):
     unshown: list[str] = []  # numbers of a running text that no page shows
 
 
+class LeftOutValue(BaseModel):
+    """A value that strict=true has left out; of an entry that went whole, `path` is the name of its list."""
+
+    path: str  # its entry as in `fields`, and the name of the value: labs/0/unit
+    status: str  # also verified: of what says something else without another (a unit without its number)
+    page: int | None = None
+
+
 class FoundWarning(BaseModel):
     path: str
     kind: str
@@ -68,6 +76,7 @@ class Extracted(Answer):
     fields: dict[str, Any] | None  # None with a schema of the client's own
     values: list[FoundValue]
     unverified: list[str]  # paths of values that a person must look at
+    left_out: list[LeftOutValue] = []  # with strict=true
     warnings: list[FoundWarning]
     pages: list[PageAnswer]
     usage: Usage

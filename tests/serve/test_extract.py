@@ -73,6 +73,10 @@ def test_strict_leaves_out_what_no_page_shows(answers):
     assert scripted.HTML not in json.dumps(strict["fields"])
     assert strict["unverified"] == []
     assert len(strict["values"]) < len(answers["plain"]["values"])
+    left_out = {value["path"]: value["status"] for value in strict["left_out"]}
+    assert left_out["labs/0/value"] == "missing"
+    assert left_out["labs"] == "missing"  # the second row, whose name was written into it
+    assert answers["plain"]["left_out"] == []
 
 
 def test_without_evidence_nothing_is_verified(answers):
@@ -94,6 +98,10 @@ def test_fhir_is_valid_and_marks_what_is_not_verified(answers):
     assert wrong["valueQuantity"]["value"] == 7777
     assert wrong["meta"]["security"][0]["code"] == "UNCERTREL"
     assert not all("meta" in observation for observation in observations)
+    (outcome,) = [
+        e["resource"] for e in bundle["entry"] if e["resource"]["resourceType"] == "OperationOutcome"
+    ]
+    assert outcome["issue"][0]["details"]["text"] == answers["plain"]["disclaimer"]
 
 
 def test_pages_of_a_pdf_are_one_document(service):
