@@ -58,7 +58,14 @@ def serve(
             f"warning: anybody who reaches {cfg.host} may ask; give --keys, or listen at 127.0.0.1",
             flush=True,
         )
-    server = uvicorn.Server(
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # At once, and not when all connections are done: what comes over open ones is refused from now on.
+            backend.is_closing = True
+            super().handle_exit(sig, frame)
+
+    server = Server(
         uvicorn.Config(
             app,
             log_config=None,

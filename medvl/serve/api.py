@@ -125,9 +125,11 @@ def _add_state(app: FastAPI, site: Site) -> None:
         }
 
 
-def _status(backend: Backend) -> Literal["ready", "loading", "stopping"]:
+def _status(backend: Backend) -> Literal["ready", "loading", "failed", "stopping"]:
     if backend.is_closing:
         return "stopping"
+    if any(worker.state == "failed" for worker in backend.workers):
+        return "failed"
     return "loading" if backend.missing else "ready"
 
 
@@ -147,7 +149,8 @@ def _read_results(backend: Backend) -> list[dict[str, Any]]:
         try:
             lines = text.splitlines() if path.suffix == ".jsonl" else [text]
             rows = [json.loads(line) for line in lines]
-        except ValueError:  # it is being written
+        except ValueError:  # it is being written, or broken
+            files.append({"file": "/".join(path.parts[-3:]), "fault": "is not whole JSON"})
             continue
         # Answers lie beside results, with texts of patients: only rows of `Result` are shown.
         if path.suffix == ".jsonl" and not all(

@@ -151,7 +151,7 @@ class Guard:
         try:
             self._check(scope, headers, most)
             await self.app(scope, counted, told)
-        except Exception as e:
+        except (Exception, asyncio.CancelledError) as e:
             refused = refusal_of(e)
             if has_begun:
                 request.status = refused.status  # the answer was cut
@@ -191,6 +191,10 @@ def refusal_of(error: BaseException) -> Refused:
         error = (refused or error).exceptions[0]
     if isinstance(error, Refused):
         return error
+    if isinstance(
+        error, asyncio.CancelledError
+    ):  # the server does so to what is not done in time when it stops
+        return Refused(503, "the service is stopping, and this was not done in time", 10)
     status = getattr(error, "status_code", 0)  # of Starlette: 404, 405
     if status:
         return Refused(status, _MESSAGES.get(status, "refused"))

@@ -131,7 +131,7 @@ class Drawn(Answer):
 
 
 class Health(BaseModel):
-    status: Literal["ready", "loading", "stopping"]
+    status: Literal["ready", "loading", "failed", "stopping"]
     missing: list[str]  # processes that are not ready
     version: str
     model: str

@@ -357,7 +357,8 @@ class Worker:
         self._changed.set()
         if self.state == "failed" and not self.restarts:
             return  # it never was open
-        _log.warning("%s: its process has ended (exit code %s)", self.name, process.exitcode)
+        reason = self.fault or f"exit code {process.exitcode}"
+        _log.warning("%s: its process has ended (%s)", self.name, reason)
         self._start_again()
 
     def _start_again(self) -> None:

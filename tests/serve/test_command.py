@@ -228,6 +228,29 @@ def test_it_ends_when_it_is_told_and_leaves_no_process(folder, tmp_path):
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
+def test_what_is_not_done_in_time_is_refused(folder, tmp_path):
+    """What `grace_s` cuts gets 503 in the form of every refusal, and no traceback is logged."""
+    started = Started(tmp_path, "--model", str(folder), "--set", "context=400", "--set", "grace_s=1.0")
+    started.wait_ready()
+    os.kill(started.process_of("model")["pid"], signal.SIGSTOP)  # so that nothing is done in time
+    answer = {}
+
+    def ask():
+        with started.client() as client:
+            answer["cut"] = client.post("/v1/chat/completions", json=chat_body())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while started.process_of("model")["calls"] == 0:
+        time.sleep(0.01)
+    started.end()
+    thread.join()
+    assert answer["cut"].status_code == 503
+    assert "stopping" in answer["cut"].json()["error"]["message"]
+    assert int(answer["cut"].headers["retry-after"]) > 0
+    assert "Traceback" not in started.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
