@@ -8,9 +8,11 @@ from typing import Any
 NOTICE = "Research use only, not for diagnosis."
 _STATUS = {  # of a value: colour, meaning
     "verified": ("#15803d", "stands on the page, with its name"),
+    "same": ("#4d7c0f", "stands on the page, with its name, in another spelling"),
     "elsewhere": ("#b45309", "stands on the page, not with this name"),
     "similar": ("#1d4ed8", "only letters that look alike"),
     "missing": ("#b91c1c", "on no page"),
+    "printed": ("#0f766e", "stands on the page; a schema of your own does not say what it is of"),
 }
 _UNKNOWN = ("#57534e", "pages were not read")
 _ROWS = 200  # of a table of results that are shown
