@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import threading
-import time
 import zipfile
 import zlib
 
@@ -20,6 +19,7 @@ from medvl.serve.backend import Backend
 from medvl.serve.pages import page_picture
 from medvl.serve.settings import ServeConfig
 from tests.serve import toy_service
+from tests.serve.toy_service import until
 
 KEY = "a-key-of-a-client"
 
@@ -391,11 +391,7 @@ def test_a_client_that_leaves_frees_the_model(service, web):
         next(r.iter_bytes())
     with pytest.raises(httpx.ReadTimeout):
         web.post("/v1/chat/completions", json=chat_body(max_tokens=300), timeout=0.05)
-    for _ in range(100):
-        if service.backend.engine.worker.pending == 0:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the model still answers a client that has gone")
+    until(lambda: service.backend.engine.worker.pending == 0)
 
 
 def test_too_many_too_late_and_stopping():
@@ -411,10 +407,12 @@ def test_too_many_too_late_and_stopping():
             with toy_service.client(service) as own:
                 answers[name] = own.post("/v1/chat/completions", json=chat_body(**changes))
 
-        threads = [threading.Thread(target=ask, args=(name,)) for name in ("a", "b", "c")]
+        model = service.backend.engine.worker
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("a", "b")]
         for thread in threads:
             thread.start()
-            time.sleep(0.1)
+        until(lambda: model.pending == 2)
+        ask("c")
         for thread in threads:
             thread.join()
         assert sorted(answer.status_code for answer in answers.values()) == [200, 200, 429]
@@ -424,7 +422,7 @@ def test_too_many_too_late_and_stopping():
         check_refusal(answers["late"], 504, "no answer within 4 s")
         last = threading.Thread(target=ask, args=("last",))
         last.start()
-        time.sleep(0.2)
+        until(lambda: model.pending == 1)
         service.stop()
         last.join()
         assert answers["last"].status_code == 200

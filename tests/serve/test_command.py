@@ -18,6 +18,7 @@ import pytest
 from medvl.language import chat
 from tests.serve import files as bad
 from tests.serve import served_toy
+from tests.serve.toy_service import until
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "Doenitz"
@@ -147,7 +148,7 @@ def test_a_killed_model_is_back_and_each_request_answered_once(service):
     before = service.process_of("model")
     for thread in threads:
         thread.start()
-    time.sleep(0.15)
+    until(lambda: service.process_of("model")["calls"] >= 5)
     os.kill(before["pid"], signal.SIGKILL)
     for thread in threads:
         thread.join()
@@ -221,7 +222,7 @@ def test_it_ends_when_it_is_told_and_leaves_no_process(folder, tmp_path):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    time.sleep(0.1)
+    until(lambda: started.process_of("model")["calls"])
     started.end()
     thread.join()
     assert answer["status"] == 200

@@ -18,6 +18,7 @@ from medvl.serve.backend import Backend, make_backend
 from medvl.serve.settings import ServeConfig
 from tests.serve import scripted, toy_service
 from tests.serve.test_api import check_refusal, png
+from tests.serve.toy_service import until
 
 SCRIPTED = "tests.serve.scripted:Scripted"
 HEAD = "POST /extract HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: {}\r\n\r\n"
@@ -77,14 +78,6 @@ def received(connection):
     while part := connection.recv(65536):
         content += part
     return content
-
-
-def until(condition):
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it has not happened within a minute")
 
 
 FORMS = {

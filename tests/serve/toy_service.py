@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import contextmanager
 
 import httpx
@@ -95,6 +96,15 @@ def running(
     finally:
         service.stop()
         service._thread.join(40)
+
+
+def until(condition):
+    """Wait until something is so."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it has not happened within a minute")
 
 
 def client(service, **options):
