@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from medvl.base import files
-from medvl.serve.interface import Piece, Refused
+from medvl.serve.interface import Refused
 from medvl.serve.worker import Calls
 
 Emit = Callable[[str, Any], None]
@@ -129,17 +129,8 @@ def open_unified(post: Callable[[Any], None], emit: Emit, folder: str) -> Calls:
     with files.file_lock(folder, shared=True):
         model, params = run.load(Path(folder))
 
-    def ask(question: str, image: Any, max_tokens: int, tell: Callable[[Any], None]) -> str:
-        return _plain_errors(
-            lambda: answers.ask_image(
-                model,
-                params,
-                image,
-                question,
-                max_tokens=max_tokens,
-                on_token=lambda text: tell(Piece(text=text)),
-            )
-        )
+    def ask(question: str, image: Any, max_tokens: int) -> str:
+        return _plain_errors(lambda: answers.ask_image(model, params, image, question, max_tokens=max_tokens))
 
     def draw_picture(text: str, image: Any, temperature: float, seed: int) -> bytes:
         picture = _plain_errors(
