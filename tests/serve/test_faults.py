@@ -195,9 +195,10 @@ def test_only_results_are_shown_and_no_folders(tmp_path):
     (tmp_path / "half.jsonl").write_text('{"what": "f1", "val')
     cfg = ServeConfig(results=(str(tmp_path),))
     backend = Backend(cfg=cfg, engine=None, model="", opener=None, readers=[], rooms={})
-    (shown,) = _read_results(backend)
-    assert Path(shown["file"]).name == "results.jsonl"
-    assert shown["rows"] == [row | {"extra": {"data": "scans"}}]
+    shown = {Path(file["file"]).name: file for file in _read_results(backend)}
+    assert shown.keys() == {"results.jsonl", "half.jsonl"}
+    assert shown["results.jsonl"]["rows"] == [row | {"extra": {"data": "scans"}}]
+    assert "rows" not in shown["half.jsonl"]
 
 
 def test_a_model_is_called_by_its_whole_name():
