@@ -16,7 +16,7 @@ from medvl.documents.fields import Fields, Lab, Medication, Vital, leaves
 from medvl.documents.locate import find_on_pages
 from medvl.documents.page_search import PageText, Place, find_value, join_pages
 from medvl.documents.quantities import find_quantities, normalise_flag, parse_quantity, same_unit
-from medvl.documents.rules import repair_word
+from medvl.documents.rules import extract_by_rules, repair_word
 from medvl.documents.words import Box, Word
 
 Status = Literal["verified", "same", "similar", "elsewhere", "missing"]
@@ -110,12 +110,41 @@ def check_fields(fields: Fields, pages: Sequence[Sequence[Word]]) -> Evidence:
     for i, value in enumerate(values):
         if value.path in other_units and value.verified:
             values[i] = evolve(value, status="elsewhere")
+    values = _patient_by_labels(values, pages)
     if any(_is_unsure_text(value) for value in values):
         printed = join_pages(pages)
         for i, value in enumerate(values):
             if _is_unsure_text(value):
                 values[i] = evolve(value, unshown=_unshown_numbers(value.text, printed))
     return Evidence(values=tuple(values), warnings=tuple(warnings))
+
+
+def _patient_by_labels(values: Sequence[Value], pages: Sequence[Sequence[Word]]) -> list[Value]:
+    """Values of the patient that stand on a page, but not behind the label of their kind, where a page has one.
+
+    "Referred by: Dr. Weiss, Patient: Rohr" shows both names, and 28 of "Age: 82, Room 28" is a number: who a page is
+    about its labels say.
+    """
+    if not any(value.verified and value.path.startswith("patient/") for value in values):
+        return list(values)
+    labelled = [extract_by_rules(words).patient for words in pages]
+    checked = []
+    for value in values:
+        section, _, name = value.path.partition("/")
+        if section == "patient" and value.verified:
+            printed = [text for patient in labelled if (text := getattr(patient, name))]
+            if printed and not any(_is_part_of(value.text, text, name) for text in printed):
+                value = evolve(value, status="elsewhere")
+        checked.append(value)
+    return checked
+
+
+def _is_part_of(answer: str, printed: str, name: str) -> bool:
+    """Whether all words of a value of the patient are those behind its label, whatever their order."""
+    words, others = ({*re.findall(r"\w+", text.casefold())} for text in (answer, printed))
+    if name == "sex":  # "F", "female"
+        return {word[0] for word in words} <= {word[0] for word in others}
+    return words <= others
 
 
 def _value(path: str, text: str, place: Place | None) -> Value:

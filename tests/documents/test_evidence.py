@@ -447,3 +447,24 @@ def test_no_torch():
     code = "import sys, medvl.documents.evidence; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("patient", "status"),
+    [
+        (Patient("Rohr, Tom", "M", "82", "12345"), "verified"),
+        (Patient("Anna Weiss", "F", "28", "98765"), "elsewhere"),
+    ],
+)
+def test_a_patient_is_who_the_labels_say(patient, status):
+    """The page shows other names and numbers, too: a doctor's, a room's, a telephone's."""
+    page = """Referred by: Dr. Anna Weiss     Room 28     Tel 98765
+Patient: Tom Rohr     Age: 82     Sex: M     MRN: 12345
+F. Weiss"""
+    assert statuses(Fields(patient=patient), page) == dict.fromkeys(leaves(Fields(patient=patient)), status)
+
+
+def test_a_patient_of_a_page_without_labels_is_sought_everywhere():
+    assert statuses(Fields(patient=Patient("Tom Rohr")), "Tom Rohr was seen today") == {
+        "patient/name": "verified"
+    }
