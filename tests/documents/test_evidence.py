@@ -452,7 +452,7 @@ def test_no_torch():
 @pytest.mark.parametrize(
     ("patient", "status"),
     [
-        (Patient("Rohr, Tom", "M", "82", "12345"), "verified"),
+        (Patient("Tom Rohr", "M", "82", "12345"), "verified"),
         (Patient("Anna Weiss", "F", "28", "98765"), "elsewhere"),
     ],
 )
