@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from attrs import define, evolve, field
 
 from medvl.documents.fields import Fields, leaves
-from medvl.documents.page_search import Match, PageText, Place, find_value, is_denied_at, join_pages
+from medvl.documents.page_search import Match, PageText, Place, find_value, is_of_another, join_pages
 from medvl.documents.quantities import find_key, is_listed
 from medvl.documents.words import Box, Word
 
@@ -45,8 +45,8 @@ def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, 
     text = join_pages(pages)
     values = leaves(fields)
     matches = {path: find_value(text, path, value) for path, value in values.items()}
-    for path in filter(_may_be_denied, matches):
-        stated = [match for match in matches[path] if not is_denied_at(text, match)]
+    for path in matches:
+        stated = [match for match in matches[path] if not is_of_another(text, path, match)]
         matches[path] = stated or matches[path]
     search = _Search(text, values, matches)
     search.settle_all()
@@ -126,11 +126,11 @@ class _Search:
             return None
         match = self.chosen[path]
         is_with_name = _is_with_name(self.text, path, match, self.anchors)
+        # The number of a row that no page names is of another one.
+        name = f"{_record_of(path)}/name"
+        if path.startswith(_NAMED) and name in self.values and name not in self.chosen:
+            is_with_name = False
         return evolve(match.place, is_with_name=is_with_name)
-
-
-def _may_be_denied(path: str) -> bool:
-    return path.startswith(("diagnoses/", "medications/")) and path.endswith("/name")
 
 
 def _record_of(path: str) -> str:
@@ -144,7 +144,7 @@ def _is_with_name(text: PageText, path: str, match: Match, anchors: Mapping[str,
     patient stand near the other values of it.
     """
     record, _, name = path.rpartition("/")
-    if _may_be_denied(path) and is_denied_at(text, match):
+    if is_of_another(text, path, match):
         return False
     anchor = anchors[record]
     down = match.line - anchor.line

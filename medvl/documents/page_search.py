@@ -108,7 +108,7 @@ def join_pages(pages: Sequence[Sequence[Word]]) -> PageText:
         places=tuple(places),
         lines=tuple(lines),
         numbers=tuple(numbers),
-        quantities=frozenset(re.findall(r"(?:[<>]=?|[≤≥~])? ?\d(?:[\d.,/]*\d)?", text)),
+        quantities=frozenset(re.findall(r"(?:[<>]=?|[≤≥~])? ?(?:(?<!\S)\.)?\d(?:[\d.,/]*\d)?", text)),
         units=frozenset(re.sub(r"^[\d.,]+|[.,;:()\[\]]+", "", word) for word in text.split()),
         ranges=frozenset(ranges),
     )
@@ -142,7 +142,9 @@ def find_value(page: PageText, path: str, value: str) -> list[Match]:
                 continue
             if path.endswith("/value") and page.places[span[0]][0] in page.ranges:
                 continue
-            if path.endswith("/frequency") and _COUNTED.search(page.text, max(0, span[0] - 20), span[0]):
+            if path.endswith("/frequency") and _is_counted(page.text, *span):
+                continue
+            if path.endswith("/value") and _NOT.search(page.text, max(0, span[0] - 20), span[0]):
                 continue
             known = matches.get(span)
             if known is None or known.place.spelling == "similar":
@@ -159,7 +161,30 @@ def find_value(page: PageText, path: str, value: str) -> list[Match]:
     return places
 
 
-def is_denied_at(page: PageText, match: Match) -> bool:
+def is_of_another(page: PageText, path: str, match: Match) -> bool:
+    """Whether a place says something else than that this is so: it is denied there, an allergy, or of a doctor."""
+    is_name = path.startswith(("diagnoses/", "medications/")) and path.endswith("/name")
+    if is_name or path.startswith("procedures/") or path == "text":
+        return _is_denied_at(page, match)
+    label = _OTHER_LABELS.get(path)
+    return label is not None and bool(label.search(page.text, max(0, match.start - 40), match.start))
+
+
+# What stands before another name, number or date than those of the patient.
+_OTHER_LABELS = {
+    path: re.compile(rf"\b(?:{words})[\s.:#]*$")
+    for path, words in {
+        "patient/name": r"(?:referred|ordered|requested|signed|dictated|reported|read|seen) by|physician|doctor"
+        r"|attending|provider|radiologist|surgeon|nurse|next of kin|contact|mother|father|spouse|author|gp|cc|dr|prof",
+        "patient/age": "room|bed|ward|phone|tel|telephone|fax|pager",
+        "patient/record": "phone|tel|telephone|fax|pager|mobile|account|acct|accession|insurance|policy|order"
+        "|specimen|room|(?:account|accession|insurance|policy|order|specimen|phone) (?:no|number)",
+        "patient/date": r"dob|d\.o\.b|birth|birth ?date|born|expires",
+    }.items()
+}
+
+
+def _is_denied_at(page: PageText, match: Match) -> bool:
     """Whether the words beside a name on its line deny it ("no pneumonia") or name it as an allergy."""
     first, last = page.places[match.start][0], page.places[match.stop - 1][0]
     start, stop = first, last + 1
@@ -201,11 +226,25 @@ def _other_spellings(page: PageText, path: str, value: str) -> list[str]:
     return []
 
 
-# Before "daily" of "twice daily", which is not once daily.
-_COUNTED = re.compile(r"(?:twice|thrice|times|[2-9] ?x) (?:a |per )?$")
+_COUNTED = re.compile(r"(?:twice|thrice|times|other|alternate|[2-9] ?x) (?:a |per )?$")
+_NOT = re.compile(r"\b(?:not|non|no) $")
+
+
+def _is_counted(text: str, start: int, stop: int) -> bool:
+    """Whether a frequency is part of another one: the "daily" of "twice daily", the "once" of "once daily"."""
+    counts = re.match(r"once|twice|thrice|\d+ ?x|\w+ times", text[start:stop])
+    if (
+        counts
+        and counts.end() == stop - start
+        and re.match(r" (?:a|per|daily|weekly|monthly)\b", text[stop : stop + 9])
+    ):
+        return True
+    return bool(_COUNTED.search(text, max(0, start - 20), start))
+
+
 # Where no word or number goes on: a unit may stand right behind its number ("25mg").
 _BEFORE = {
-    True: re.compile(r"(?<![^\W_])(?<!\d[.,/:])(?<![^\W\d_]-)"),
+    True: re.compile(r"(?<![^\W_])(?<!\d[.,/:])(?<!\s\.)(?<![^\W\d_]-)"),
     False: re.compile(r"(?<![^\W\d_])(?<![^\W_][-/'])"),
 }
 _BEHIND = {True: re.compile(r"(?!\d|[.,/:]\d|-[^\W\d_])"), False: re.compile(r"(?![^\W_]|[-/'][^\W_])")}
@@ -222,7 +261,8 @@ def _spans(page: PageText, value: str) -> dict[tuple[int, int], bool]:
         first, last = page.text[start], page.text[stop - 1]
         before = not first.isalnum() or _BEFORE[first.isdigit()].match(page.text, start)
         behind = not last.isalnum() or _BEHIND[last.isdigit()].match(page.text, stop)
-        if before and behind:
+        is_cut = first == "." and page.text[start - 1 : start].isdigit()  # the ".25" of "1.25"
+        if before and behind and not is_cut:
             printed = page.text[start:stop]
             is_same = "".join(printed.split()) == "".join(value.split())
             # "58" is not quite "5 8", which may be two numbers.

@@ -141,14 +141,19 @@ def test_a_number_of_a_name_and_a_dash_before_a_value_make_no_range():
     assert set(statuses(Fields(vitals=[Vital("SpO2", "98")]), "SpO2 - 98 %").values()) == {"verified"}
 
 
+def test_daily_is_once_daily():
+    for frequency in ("once daily", "daily", "QD"):
+        fields = Fields(medications=[Medication("Drug", frequency=frequency)])
+        assert check_fields(fields, [words_of("Drug daily")]).unverified == ()
+
+
 @pytest.mark.parametrize(
     "page", ["Drug 5 mg twice daily", "Drug 5 mg 3x daily", "Drug 5 mg three times daily"]
 )
 def test_daily_of_twice_daily_is_not_once_daily(page):
-    for frequency in ("once daily", "daily", "QD"):
+    for frequency in ("once daily", "daily", "QD", "once", "twice"):
         fields = Fields(medications=[Medication("Drug", "5", "mg", frequency=frequency)])
         assert statuses(fields, page)["medications/0/frequency"] == "missing"
-        assert statuses(fields, "Drug 5 mg daily")["medications/0/frequency"] in ("same", "verified")
 
 
 def test_a_unit_that_is_not_behind_its_number_stands_elsewhere():
@@ -167,11 +172,56 @@ def test_a_unit_that_is_not_behind_its_number_stands_elsewhere():
         ("diagnoses", "Diabetes", "Family history of diabetes", "elsewhere"),
         ("medications", "Penicillin", "Allergies: latex, penicillin", "elsewhere"),
         ("medications", "Penicillin", "Allergies: latex. Penicillin 500 mg", "verified"),
+        ("diagnoses", "effusion", "no pneumonia or effusion", "elsewhere"),
+        ("procedures", "ECG", "No ECG.", "elsewhere"),
+        ("text", "Fracture.", "No fracture.", "elsewhere"),
+        ("text", "No fracture.", "No fracture.", "verified"),
     ],
 )
 def test_what_is_denied_or_an_allergy_is_not_verified(section, name, page, status):
-    row = Diagnosis(name) if section == "diagnoses" else Medication(name)
-    assert statuses(Fields(**{section: [row]}), page)[f"{section}/0/name"] == status
+    rows = {
+        "diagnoses": [Diagnosis(name)],
+        "medications": [Medication(name)],
+        "procedures": [name],
+        "text": name,
+    }
+    assert list(statuses(Fields(**{section: rows[section]}), page).values()) == [status]
+
+
+def test_a_result_that_is_denied_is_not_its_opposite():
+    assert statuses(Fields(labs=[Lab("HCV", "detected")]), "HCV not detected")["labs/0/value"] == "missing"
+    assert (
+        statuses(Fields(labs=[Lab("HCV", "not detected")]), "HCV not detected")["labs/0/value"] == "verified"
+    )
+
+
+def test_values_of_a_row_that_no_page_names_are_of_another_one():
+    fields = Fields(labs=[Lab("Sodium", "4.1", "mmol/L")])
+    assert set(statuses(fields, "Potassium 4.1 mmol/L").values()) == {"missing", "elsewhere"}
+
+
+def test_a_point_before_a_number_is_part_of_it():
+    for dose, status in (("25", "missing"), (".25", "verified"), ("0.25", "same")):
+        fields = Fields(medications=[Medication("Digoxin", dose, "mg")])
+        assert statuses(fields, "Digoxin .25 mg")["medications/0/dose"] == status
+    fields = Fields(medications=[Medication("Digoxin", ".25", "mg")])
+    assert statuses(fields, "Digoxin 1.25 mg")["medications/0/dose"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "page"),
+    [
+        ("name", "Tom Rohr", "Anna Weiss", "Referred by: Dr. Anna Weiss\nPatient: Tom Rohr"),
+        ("age", "82", "28", "Age: 82   Room 28"),
+        ("record", "12345", "98765", "MRN 12345   Tel 98765"),
+        ("date", "2020-01-02", "1950-03-04", "DOB: 1950-03-04   Date: 2020-01-02"),
+    ],
+)
+def test_names_and_numbers_that_are_not_the_patients(name, right, wrong, page):
+    found = [
+        statuses(Fields(patient=Patient(**{name: text})), page)[f"patient/{name}"] for text in (right, wrong)
+    ]
+    assert found == ["verified", "elsewhere"]
 
 
 def test_doses_of_two_rows_of_one_drug_are_not_exchanged():
