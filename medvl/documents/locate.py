@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from attrs import define, evolve, field
 
 from medvl.documents.fields import Fields, leaves
-from medvl.documents.page_search import Match, PageText, Place, find_value, is_of_another, join_pages
+from medvl.documents.page_search import Match, PageText, Place, find_value, is_denied_at, join_pages
 from medvl.documents.quantities import find_key, is_listed
 from medvl.documents.words import Box, Word
 
@@ -46,7 +46,7 @@ def find_on_pages(fields: Fields, pages: Sequence[Sequence[Word]]) -> dict[str, 
     values = leaves(fields)
     matches = {path: find_value(text, path, value) for path, value in values.items()}
     for path in matches:
-        stated = [match for match in matches[path] if not is_of_another(text, path, match)]
+        stated = [match for match in matches[path] if not is_denied_at(text, path, match)]
         matches[path] = stated or matches[path]
     search = _Search(text, values, matches)
     search.settle_all()
@@ -144,7 +144,7 @@ def _is_with_name(text: PageText, path: str, match: Match, anchors: Mapping[str,
     patient stand near the other values of it.
     """
     record, _, name = path.rpartition("/")
-    if is_of_another(text, path, match):
+    if is_denied_at(text, path, match):
         return False
     anchor = anchors[record]
     down = match.line - anchor.line

@@ -161,31 +161,12 @@ def find_value(page: PageText, path: str, value: str) -> list[Match]:
     return places
 
 
-def is_of_another(page: PageText, path: str, match: Match) -> bool:
-    """Whether a place says something else than that this is so: it is denied there, an allergy, or of a doctor."""
+def is_denied_at(page: PageText, path: str, match: Match) -> bool:
+    """Whether the words beside a diagnosis, drug, procedure or text on its line deny it ("no pneumonia") or name it as
+    an allergy."""
     is_name = path.startswith(("diagnoses/", "medications/")) and path.endswith("/name")
-    if is_name or path.startswith("procedures/") or path == "text":
-        return _is_denied_at(page, match)
-    label = _OTHER_LABELS.get(path)
-    return label is not None and bool(label.search(page.text, max(0, match.start - 40), match.start))
-
-
-# What stands before another name, number or date than those of the patient.
-_OTHER_LABELS = {
-    path: re.compile(rf"\b(?:{words})[\s.:#]*$")
-    for path, words in {
-        "patient/name": r"(?:referred|ordered|requested|signed|dictated|reported|read|seen) by|physician|doctor"
-        r"|attending|provider|radiologist|surgeon|nurse|next of kin|contact|mother|father|spouse|author|gp|cc|dr|prof",
-        "patient/age": "room|bed|ward|phone|tel|telephone|fax|pager",
-        "patient/record": "phone|tel|telephone|fax|pager|mobile|account|acct|accession|insurance|policy|order"
-        "|specimen|room|(?:account|accession|insurance|policy|order|specimen|phone) (?:no|number)",
-        "patient/date": r"dob|d\.o\.b|birth|birth ?date|born|expires",
-    }.items()
-}
-
-
-def _is_denied_at(page: PageText, match: Match) -> bool:
-    """Whether the words beside a name on its line deny it ("no pneumonia") or name it as an allergy."""
+    if not is_name and not path.startswith("procedures/") and path != "text":
+        return False
     first, last = page.places[match.start][0], page.places[match.stop - 1][0]
     start, stop = first, last + 1
     while start > 0 and _is_beside(page, start - 1):

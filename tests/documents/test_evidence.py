@@ -208,22 +208,6 @@ def test_a_point_before_a_number_is_part_of_it():
     assert statuses(fields, "Digoxin 1.25 mg")["medications/0/dose"] == "missing"
 
 
-@pytest.mark.parametrize(
-    ("name", "right", "wrong", "page"),
-    [
-        ("name", "Tom Rohr", "Anna Weiss", "Referred by: Dr. Anna Weiss\nPatient: Tom Rohr"),
-        ("age", "82", "28", "Age: 82   Room 28"),
-        ("record", "12345", "98765", "MRN 12345   Tel 98765"),
-        ("date", "2020-01-02", "1950-03-04", "DOB: 1950-03-04   Date: 2020-01-02"),
-    ],
-)
-def test_names_and_numbers_that_are_not_the_patients(name, right, wrong, page):
-    found = [
-        statuses(Fields(patient=Patient(**{name: text})), page)[f"patient/{name}"] for text in (right, wrong)
-    ]
-    assert found == ["verified", "elsewhere"]
-
-
 def test_doses_of_two_rows_of_one_drug_are_not_exchanged():
     page = "Metformin 500 mg QAM\nMetformin 1000 mg QPM"
     rows = [Medication("Metformin", "500", "mg", "", "QPM")]
