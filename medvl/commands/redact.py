@@ -36,6 +36,8 @@ def redact(source: str, out: str, known: str = "") -> int:
     """
     if not Path(source).is_file():
         raise ValueError(f"redact: {source}: no such file")
+    if Path(out).exists() and Path(out).samefile(source):
+        raise ValueError(f"redact: {out}: is the source itself, which would be lost; give another --out")
     check_reader()
     values = _read_known(known) if known else []
     content = Path(source).read_bytes()

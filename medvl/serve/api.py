@@ -22,6 +22,8 @@ from medvl.serve.metrics import Metrics
 from medvl.serve.responses import DISCLAIMER
 from medvl.serve.site import Site
 
+_PROBE_S = 3  # seconds in which an engine elsewhere must answer to be ready
+
 
 def make_app(backend: Backend) -> FastAPI:
     """The service over a backend, which it starts and closes.
@@ -105,8 +107,9 @@ def _add_state(app: FastAPI, site: Site) -> None:
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """200 where requests are answered now, else 503."""
-        if backend.is_closing or backend.missing:
-            raise Refused(503, f"not ready: {', '.join(backend.missing) or 'stopping'}", 5)
+        missing = [*backend.missing, *(await _engine_fault(backend))]
+        if backend.is_closing or missing:
+            raise Refused(503, f"not ready: {', '.join(missing) or 'stopping'}", 5)
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -123,6 +126,17 @@ def _add_state(app: FastAPI, site: Site) -> None:
             "files": files,
             "models": await asyncio.to_thread(_read_models, backend),
         }
+
+
+async def _engine_fault(backend: Backend) -> list[str]:
+    """["engine"] where it is another server that does not answer now."""
+    if backend.engine is None or not backend.cfg.engine:
+        return []
+    try:
+        await asyncio.wait_for(backend.engine.models(), _PROBE_S)
+    except (Refused, TimeoutError):
+        return ["engine"]
+    return []
 
 
 def _status(backend: Backend) -> Literal["ready", "loading", "failed", "stopping"]:

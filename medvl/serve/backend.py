@@ -79,11 +79,8 @@ class Backend:
         return [task.result() for task in reading]
 
     async def _read_page(self, call: str, image: Any) -> Any:
-        return await self.checker().call(call, "read", image=image)
-
-    def checker(self) -> Worker:
-        """What compares answers with pages: the reader that has least to do, else the opener."""
-        return min(self.readers, key=lambda reader: reader.pending, default=self.opener)
+        reader = min(self.readers, key=lambda worker: worker.pending)
+        return await reader.call(call, "read", image=image)
 
     def room(self, name: str) -> Worker:
         """Raises:
@@ -148,7 +145,7 @@ def make_backend(cfg: ServeConfig) -> Backend:
     if cfg.engine:
         from medvl.serve.remote import remote_engine
 
-        served, name = remote_engine(cfg.engine, model=cfg.engine_model), cfg.engine_model
+        served, name = remote_engine(cfg.engine, model=cfg.engine_model, most=cfg.queue), cfg.engine_model
     elif language or cfg.model or cfg.registry:
         # A registry's name where there is nothing else; a run of adapters has its registry.
         place = language or cfg.model
@@ -163,8 +160,7 @@ def make_backend(cfg: ServeConfig) -> Backend:
         )
     opener = Worker("opener", "medvl.serve.pages:open_opener", cfg.limits, _OPENER_MIB, most=cfg.queue)
     readers = [
-        Worker(f"reader {i}", "medvl.serve.pages:open_reader", most=32 * cfg.queue)
-        for i in range(cfg.readers)
+        Worker(f"reader {i}", "medvl.serve.pages:open_reader", most=2 * cfg.queue) for i in range(cfg.readers)
     ]
     room_workers = {
         name: Worker(name, opener_of, folder, most=cfg.queue) for name, (opener_of, folder) in others.items()

@@ -164,7 +164,8 @@ async def _draw_pages(backend: Backend, call: str, pages: Sequence[Page], images
 async def _check(
     backend: Backend, call: str, pages: Sequence[Page], words: list[Any] | None, wish: Wish
 ) -> Extraction:
-    checker, name = backend.checker(), f"{call}/check"
+    # Not behind pages of others that are being read, which takes seconds for each.
+    checker, name = backend.opener, f"{call}/check"
     if wish.schema is None:
         answers = [page.answer for page in pages]
         checked = await checker.call(name, "check", answers=answers, pages=words, strict=wish.strict)

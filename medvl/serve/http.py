@@ -26,8 +26,8 @@ _log = logging.getLogger("medvl.serve.requests")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-# An id that a client gives may be of such letters only: it is logged, and a name must not be.
-_ID = re.compile(r"[0-9a-f]{8}[0-9a-f-]{0,56}")
+# An id that a client gives must be a UUID: it is logged, and a name or a number of a patient must not be.
+_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 OPEN = ("/health", "/ready")  # routes that need no key
 _MESSAGES = {404: "there is no such address", 405: "this address takes another method"}
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}

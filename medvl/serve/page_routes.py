@@ -104,7 +104,8 @@ def _bundle(extraction: Extraction, request: str, version: str) -> Any:
 
 
 def _wants_fhir(request: Request, form: Form) -> bool:
-    wanted = request.query_params.get("format") or form.texts.get("format", "json")
+    accepted = "fhir" if "application/fhir+json" in request.headers.get("accept", "") else "json"
+    wanted = request.query_params.get("format") or form.texts.get("format") or accepted
     if wanted not in ("json", "fhir"):
         raise Refused(422, "format must be json or fhir")
     return wanted == "fhir"

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from attrs import define
@@ -19,6 +19,7 @@ from PIL import Image
 
 from medvl.serve.interface import End, Piece, Reason, Refused, Request
 
+T = TypeVar("T")
 KEY_VARIABLE = "MEDVL_ENGINE_KEY"  # of the environment, with the server's API key
 _LONGEST_EVENT = 2**20  # bytes of one event of a stream
 _LONGEST_WAIT_S = 30.0  # before another try; where a server asks for more, the client is told so
@@ -33,9 +34,22 @@ class RemoteEngine:
     _model: str  # "" = the first that the server lists
     _tries: int
     _backoff_s: float
+    _most: int  # requests at a time
+    _pending: int = 0
 
     async def stream(self, request: Request) -> AsyncGenerator[Piece | End, None]:
         """As `Engine.stream`. Closing the iterator closes the connection, at which the server stops too."""
+        if self._pending >= self._most:
+            raise Refused(429, f"{self._most} requests are being answered or wait", 2)
+        self._pending += 1
+        try:
+            async with aclosing(self._stream(request)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._pending -= 1
+
+    async def _stream(self, request: Request) -> AsyncGenerator[Piece | End, None]:
         start = time.monotonic()
         deadline = start + (request.deadline_s or math.inf)
         model = await self._model_of(request, deadline)
@@ -47,10 +61,10 @@ class RemoteEngine:
         try:
             async with aclosing(_events(response, deadline)) as events:
                 async for event in events:
-                    usage = event.get("usage") or usage
-                    for choice in event.get("choices") or ():
-                        finish = choice if choice.get("finish_reason") else finish
-                        if piece := (choice.get("delta") or {}).get("content"):
+                    usage = _part(event, "usage", dict) or usage
+                    for choice in _part(event, "choices", list):
+                        finish = choice if _part(choice, "finish_reason", str) else finish
+                        if piece := _part(_part(choice, "delta", dict), "content", str):
                             first_s = first_s or time.monotonic() - start
                             # Half a UTF-16 pair, which JSON lets through, cannot be passed on.
                             piece = piece.encode("utf-8", "replace").decode()
@@ -66,8 +80,8 @@ class RemoteEngine:
         is_named = request.adapter not in ("", "base")
         yield End(
             reason=reason,
-            prompt_tokens=usage.get("prompt_tokens", 0),
-            answer_tokens=usage.get("completion_tokens", 0),
+            prompt_tokens=_part(usage, "prompt_tokens", int),
+            answer_tokens=_part(usage, "completion_tokens", int),
             model=model,
             adapters=((model, 1.0),) if is_named else (),
             first_token_s=first_s,
@@ -138,6 +152,7 @@ def remote_engine(
     *,
     model: str = "",
     key: str = "",
+    most: int = 64,
     tries: int = 4,
     backoff_s: float = 0.5,
     silence_s: float = 300.0,
@@ -152,6 +167,7 @@ def remote_engine(
         url: such as http://vllm:8000, with or without /v1.
         model: where a request names no adapter; "" = the first that the server lists.
         key: API key; "" = that in the environment variable MEDVL_ENGINE_KEY, if there is one.
+        most: requests at a time; others are refused (429).
         silence_s: seconds without a byte after which a request is given up.
     Raises:
         ValueError: not a URL of http or https, or one with a user name or a query; no try.
@@ -173,7 +189,7 @@ def remote_engine(
         follow_redirects=False,
         trust_env=False,
     )
-    return RemoteEngine(client, model, tries, backoff_s)
+    return RemoteEngine(client, model, tries, backoff_s, most)
 
 
 def openai_messages(
@@ -283,6 +299,20 @@ def _parse_event(text: bytes) -> dict[str, Any]:
     if event.get("error"):
         raise _explain_error(text.decode(errors="replace"), 502)
     return event
+
+
+def _part(event: Any, name: str, kind: type[T]) -> T:
+    """A part of an event, empty where there is none.
+
+    Raises:
+        Refused: it is of another kind.
+    """
+    value = event.get(name) if isinstance(event, dict) else ()
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise Refused(502, _BROKEN)
+    return value
 
 
 def _reason(finish: Mapping[str, Any]) -> Reason:

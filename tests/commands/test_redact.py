@@ -98,3 +98,15 @@ def test_what_is_refused_leaves_nothing(tmp_path, read_as):
     with pytest.raises(ValueError, match="must be a file to write"):
         redact(str(source), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["bad.png"]
+
+
+def test_the_source_is_not_written_over(tmp_path):
+    """The only original would be lost."""
+    source = tmp_path / "page.png"
+    Image.new("RGB", (20, 20)).save(source)
+    before = source.read_bytes()
+    (tmp_path / "link.png").symlink_to(source)
+    for out in (source, tmp_path / "link.png"):
+        with pytest.raises(ValueError, match="is the source itself"):
+            redact(str(source), str(out))
+    assert source.read_bytes() == before

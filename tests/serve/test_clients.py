@@ -194,3 +194,34 @@ def test_an_engine_that_is_gone_is_told():
     with pytest.raises(Refused) as refused:
         asyncio.run(ask())
     assert refused.value.status in (502, 503)
+
+
+def test_an_engine_that_is_gone_makes_the_service_not_ready():
+    with (
+        toy_service.running(engine="http://127.0.0.1:9", engine_model="x") as front,
+        toy_service.client(front) as client,
+    ):
+        answer = client.get("/ready")
+        assert answer.status_code == 503
+        assert "engine" in answer.json()["error"]["message"]
+
+
+def test_an_engine_elsewhere_takes_so_many_requests(service):
+    """What is above `most` is refused, and what has ended makes room."""
+
+    async def ask():
+        engine = remote_engine(service.address, model="toy", most=2)
+        request = Request(id="1", messages=({"role": "user", "content": "x"},), max_tokens=3)
+        streams = [engine.stream(request) for _ in range(3)]
+        try:
+            begun = [await anext(streams[0]), await anext(streams[1])]
+            with pytest.raises(Refused) as refused:
+                await anext(streams[2])
+            for stream in streams:
+                await stream.aclose()
+            begun.append(await anext(engine.stream(request)))
+            return refused.value.status, len(begun)
+        finally:
+            await engine.close()
+
+    assert asyncio.run(ask()) == (429, 3)

@@ -104,6 +104,18 @@ def test_fhir_is_valid_and_marks_what_is_not_verified(answers):
     assert outcome["issue"][0]["details"]["text"] == answers["plain"]["disclaimer"]
 
 
+def test_a_client_that_accepts_fhir_gets_it(service):
+    accept = {"accept": "application/fhir+json, application/json;q=0.5"}
+    with toy_service.client(service) as client:
+        answer = client.post("/extract", files={"file": scripted.page_png()}, headers=accept)
+        assert answer.headers["content-type"] == "application/fhir+json"
+        assert answer.json()["resourceType"] == "Bundle"
+        plain = client.post(
+            "/extract", files={"file": scripted.page_png()}, headers=accept, data={"format": "json"}
+        )
+        assert plain.headers["content-type"] == "application/json"
+
+
 def test_pages_of_a_pdf_are_one_document(service):
     """Three pages: each is asked about, and values say on which page they stand."""
     image = Image.open(io.BytesIO(scripted.page_png()))

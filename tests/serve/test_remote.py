@@ -359,6 +359,10 @@ def test_nothing_is_asked_again_once_an_answer_has_begun(server):
         "no JSON": raw([b"data: {oops\n\n"]),
         "no object": raw([b"data: 3\n\n"]),
         "nothing": raw([]),
+        "no choice": raw([b'data: {"choices": [null]}\n\n']),
+        "no choices": raw([b'data: {"choices": "x"}\n\n']),
+        "no text": raw([b'data: {"choices": [{"delta": {"content": 3}}]}\n\n']),
+        "no usage": raw([b'data: {"choices": [], "usage": "x"}\n\n']),
         "other reason": stream("a", finish="content_filter"),
     }
     logging.getLogger("uvicorn.error").disabled = True
