@@ -168,14 +168,16 @@ def serve(port: int, rows: int) -> None:
         cfg = ServeConfig(queue=128, deadline_s=120)
         model = Worker("model", "benches.load_service:open_service", rows, most=cfg.queue)
         opener = Worker("opener", "medvl.serve.pages:open_opener", cfg.limits, 2048, most=cfg.queue)
+        checker = Worker("checker", "medvl.serve.pages:open_checker")
         backend = Backend(
             cfg=cfg,
             engine=LocalEngine(model),
             model="bench",
             opener=opener,
+            checker=checker,
             readers=[],
             rooms={},
-            workers=[model, opener],
+            workers=[model, opener, checker],
         )
         config = uvicorn.Config(
             make_app(backend), port=port, log_config=None, access_log=False, timeout_graceful_shutdown=60

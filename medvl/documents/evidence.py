@@ -20,7 +20,9 @@ from medvl.documents.rules import extract_by_rules, repair_word
 from medvl.documents.words import Box, Word
 
 Status = Literal["verified", "same", "similar", "elsewhere", "missing"]
-WarningKind = Literal["flag", "range", "unit", "number", "patient", "empty", "repeat", "cut", "prose"]
+WarningKind = Literal[
+    "flag", "range", "unit", "number", "patient", "empty", "unchecked", "repeat", "cut", "prose"
+]
 _FREE_TEXTS = ("text", "procedures/", "diagnoses/")
 
 

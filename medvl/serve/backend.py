@@ -29,6 +29,7 @@ class Backend:
     engine: Engine | None
     model: str  # how clients call it
     opener: Worker
+    checker: Worker  # compares answers with pages
     readers: list[Worker]
     rooms: dict[str, Worker]  # by the first part of their routes: "ct", "slides", "unified"
     workers: list[Worker] = field(factory=list)  # all of them
@@ -159,18 +160,20 @@ def make_backend(cfg: ServeConfig) -> Backend:
             "serve: give something to serve: --run RUN, --model MODEL, --registry FILE or --engine URL"
         )
     opener = Worker("opener", "medvl.serve.pages:open_opener", cfg.limits, _OPENER_MIB, most=cfg.queue)
+    checker = Worker("checker", "medvl.serve.pages:open_checker", most=cfg.queue)
     readers = [
         Worker(f"reader {i}", "medvl.serve.pages:open_reader", most=2 * cfg.queue) for i in range(cfg.readers)
     ]
     room_workers = {
         name: Worker(name, opener_of, folder, most=cfg.queue) for name, (opener_of, folder) in others.items()
     }
-    workers = [*([engine_worker] if engine_worker else []), opener, *readers, *room_workers.values()]
+    workers = [*([engine_worker] if engine_worker else []), opener, checker, *readers, *room_workers.values()]
     return Backend(
         cfg=cfg,
         engine=served,
         model=name,
         opener=opener,
+        checker=checker,
         readers=readers,
         rooms=room_workers,
         workers=workers,

@@ -14,7 +14,7 @@ from medvl.documents.evidence import Contradiction, Evidence
 from medvl.documents.fields import Fields
 from medvl.documents.fields_schema import fields_schema
 from medvl.serve.backend import Backend
-from medvl.serve.interface import End, Piece, Request
+from medvl.serve.interface import End, Piece, Refused, Request
 from medvl.serve.worker import within
 
 # What models are trained to answer with JSON (`phantoms/medical_words.toml`, "prompts").
@@ -164,31 +164,63 @@ async def _draw_pages(backend: Backend, call: str, pages: Sequence[Page], images
 async def _check(
     backend: Backend, call: str, pages: Sequence[Page], words: list[Any] | None, wish: Wish
 ) -> Extraction:
-    # Not behind pages of others that are being read, which takes seconds for each.
-    checker, name = backend.opener, f"{call}/check"
     if wish.schema is None:
-        answers = [page.answer for page in pages]
-        checked = await checker.call(name, "check", answers=answers, pages=words, strict=wish.strict)
+        arguments = {"answers": [page.answer for page in pages], "strict": wish.strict}
+        checked = await _call_checker(backend, call, "check", pages=words, **arguments)
+        warnings: tuple[Contradiction, ...] = ()
+        if checked is None and words is not None:  # the fields without their evidence
+            checked, warnings = (
+                await _call_checker(backend, call, "check", pages=None, **arguments),
+                (_UNCHECKED,),
+            )
+        if checked is None:
+            raise Refused(400, "the model's answer cannot be read in time")
         return Extraction(
-            pages=tuple(pages), fields=checked.fields, evidence=checked.evidence, warnings=checked.warnings
+            pages=tuple(pages),
+            fields=checked.fields,
+            evidence=checked.evidence,
+            warnings=(*checked.warnings, *warnings),
         )
-    warnings = []
+    faults = []
     for number, page in enumerate(pages):
         page.tree = _parse(page)
         if page.tree is None and page.end is not None and page.end.reason != "length":
             message = f"the answer for page {number} is no JSON that can be told"
-            warnings.append(Contradiction(path="", kind="empty", message=message))
+            faults.append(Contradiction(path="", kind="empty", message=message))
     evidence = []
     if words is not None:
         trees = [page.tree for page in pages]
-        evidence = await checker.call(name, "check_json", trees=trees, pages=words)
+        evidence = await _call_checker(backend, call, "check_json", trees=trees, pages=words)
+        if evidence is None:
+            evidence, faults = [], [*faults, _UNCHECKED]
     return Extraction(
         pages=tuple(pages),
         fields=None,
         evidence=None,
         page_evidence=tuple(evidence),
-        warnings=tuple(warnings),
+        warnings=tuple(faults),
     )
+
+
+# Of an answer that took too long to compare; its values are "unchecked".
+_UNCHECKED = Contradiction(
+    path="", kind="unchecked", message="the answer could not be compared with the pages in time"
+)
+
+
+async def _call_checker(backend: Backend, call: str, function: str, **arguments: Any) -> Any:
+    """What the checker says; None where that takes too long, which ends its process.
+
+    Calls that waited there are made once more.
+    """
+    for _ in range(2):
+        try:
+            return await backend.checker.call(f"{call}/check", function, **arguments)
+        except Refused as e:
+            if e.status != 502 and not (e.status == 503 and backend.checker.restarts):
+                raise
+        await backend.checker.wait_ready()
+    return None
 
 
 def _parse(page: Page) -> Any:

@@ -7,7 +7,7 @@ import io
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import evolve, fields_dict, frozen
 from PIL import Image
@@ -19,6 +19,8 @@ from medvl.serve import uploads
 from medvl.serve.uploads import Limits
 from medvl.serve.worker import Calls
 
+T = TypeVar("T")
+_CHECK_S = 20  # seconds in which the answers of a request must be compared with its pages
 _OPEN_S = 30  # seconds in which the files of a request must be open
 _PICTURE_PIXELS = 1600  # on the longer side of the picture of a page
 _FEW_WORDS = 5  # a page with fewer may well state nothing
@@ -48,16 +50,31 @@ def open_opener(
     def open_files(
         contents: Sequence[bytes], chosen: Sequence[int] = (), window: tuple[float, float] | None = None
     ) -> list[list[Image.Image]]:
-        # A decoder that hangs in C sees no Python exception: the signal, which nobody handles, ends the process.
-        signal.alarm(_OPEN_S)
-        try:
-            return uploads.open_uploads(contents, limits, chosen, window=window)
-        finally:
-            signal.alarm(0)
+        return _in_time(_OPEN_S, lambda: uploads.open_uploads(contents, limits, chosen, window=window))
 
-    # Where no readers run, answers become fields here.
-    checks: dict[str, Callable[..., Any]] = {"check": check_answers, "check_json": check_json}
-    return Calls(emit, {"open": open_files, "picture": page_picture, **checks}, {})
+    return Calls(emit, {"open": open_files, "picture": page_picture}, {})
+
+
+def open_checker(post: Callable[[Any], None], emit: Callable[[str, Any], None]) -> Calls:
+    """A service that compares answers with pages. What a model may write, and a page show, takes any time to compare."""
+
+    def check(**arguments: Any) -> Checked:
+        return _in_time(_CHECK_S, lambda: check_answers(**arguments))
+
+    def check_trees(**arguments: Any) -> list[Evidence]:
+        return _in_time(_CHECK_S, lambda: check_json(**arguments))
+
+    return Calls(emit, {"check": check, "check_json": check_trees}, {})
+
+
+def _in_time(seconds: int, work: Callable[[], T]) -> T:
+    """The result of work, at whose time limit the process ends: a decoder that hangs in C sees no Python exception, but
+    the signal, which nobody handles, ends it."""
+    signal.alarm(seconds)
+    try:
+        return work()
+    finally:
+        signal.alarm(0)
 
 
 def page_picture(image: Image.Image) -> bytes:
@@ -70,7 +87,7 @@ def page_picture(image: Image.Image) -> bytes:
 
 
 def open_reader(post: Callable[[Any], None], emit: Callable[[str, Any], None]) -> Calls:
-    """A service that reads the words of pages, and compares answers with them.
+    """A service that reads the words of pages.
 
     Raises:
         ValueError: no reader is installed.
@@ -78,7 +95,7 @@ def open_reader(post: Callable[[Any], None], emit: Callable[[str, Any], None]) -
     from medvl.documents.read_page import check_reader, read_page
 
     check_reader()
-    return Calls(emit, {"read": read_page, "check": check_answers, "check_json": check_json}, {})
+    return Calls(emit, {"read": read_page}, {})
 
 
 def check_answers(answers: Sequence[str], pages: Sequence[Sequence[Word]] | None, strict: bool) -> Checked:

@@ -511,7 +511,7 @@ def test_how_a_model_was_made_is_told_without_folders(tmp_path):
     (model / "config.json").write_text('{"model_type": "qwen2"}')
     (model / "README.md").write_text("# A card")
     cfg = ServeConfig(runs=(str(run),), model=str(model))
-    backend = Backend(cfg=cfg, engine=None, model="", opener=None, readers=[], rooms={})
+    backend = Backend(cfg=cfg, engine=None, model="", opener=None, checker=None, readers=[], rooms={})
     record["data"] = {"folder": "ward", "parts": ["b"]}
     assert _read_models(backend) == [
         {"name": run.name, "card": "", "record": record},

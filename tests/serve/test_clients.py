@@ -179,7 +179,14 @@ def test_what_is_served_is_looked_at_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="either a model here"):
         ServeConfig(engine="http://x", model="y")
     made = backends.make_backend(ServeConfig(runs=(runs["b"], runs["c"]), readers=2))
-    assert [worker.name for worker in made.workers] == ["model", "opener", "reader 0", "reader 1", "ct"]
+    assert [worker.name for worker in made.workers] == [
+        "model",
+        "opener",
+        "checker",
+        "reader 0",
+        "reader 1",
+        "ct",
+    ]
 
 
 def test_an_engine_that_is_gone_is_told():

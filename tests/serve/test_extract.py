@@ -2,14 +2,18 @@
 
 import io
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 from medvl.documents.fields import Fields, Lab, Medication, Patient, fields_to_json, leaves, read_answer
 from medvl.documents.words import Word, overlap
-from medvl.serve import extract
+from medvl.serve import extract, pages
 from medvl.serve.fhir import check_bundle
+from medvl.serve.interface import Refused
 from medvl.serve.pages import check_answers, merge_fields
 from tests.serve import scripted, toy_service
 
@@ -219,3 +223,33 @@ def test_halves_of_characters_are_replaced():
     """An escape of half a UTF-16 pair is valid JSON, and no response can be written with it."""
     text = r'{"a": "\ud83d\ude00 \ud83d x \ude00", "b": "' + "\ud83d" + '"}'
     assert json.loads(extract._without_halves(text)) == {"a": "😀 \ufffd x \ufffd", "b": "?"}
+
+
+def test_answers_that_take_too_long_to_compare_are_unchecked(service):
+    """The process that compares them ends at its time limit, here by a kill in the middle; fields come without evidence."""
+    calls = service.backend.checker.call
+    tries = []
+
+    async def slow(call, function, **arguments):
+        tries.append(arguments["pages"] is None)
+        if arguments["pages"] is not None:
+            raise Refused(502, "the process has ended")
+        return await calls(call, function, **arguments)
+
+    service.backend.checker.call = slow
+    try:
+        with toy_service.client(service) as client:
+            answer = client.post("/extract", files={"file": scripted.page_png()}).json()
+    finally:
+        service.backend.checker.call = calls
+    assert tries == [False, False, True]
+    assert {value["status"] for value in answer["values"]} == {"unchecked"}
+    assert [warning["kind"] for warning in answer["warnings"]] == ["unchecked"]
+    assert answer["unverified"] == [value["path"] for value in answer["values"]]
+
+
+def test_a_check_ends_its_process_at_its_time_limit():
+    """SIGALRM, which nobody handles: also where the time is spent in C."""
+    code = "from medvl.serve import pages; import time; pages._in_time(1, lambda: time.sleep(60))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGALRM
+    assert pages._in_time(5, lambda: 7) == 7

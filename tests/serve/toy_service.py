@@ -33,7 +33,8 @@ class Running:
             "opener", "medvl.serve.pages:open_opener", self.cfg.limits, self.opener_mib, most=self.cfg.queue
         )
         rooms = {name: Worker(name, opener_of) for name, opener_of in self.room_openers.items()}
-        workers = [opener, *readers, *rooms.values()]
+        checker = Worker("checker", "medvl.serve.pages:open_checker")
+        workers = [opener, checker, *readers, *rooms.values()]
         if self.cfg.engine:
             engine = remote_engine(self.cfg.engine, model=self.cfg.engine_model)
         else:
@@ -45,6 +46,7 @@ class Running:
             engine=engine,
             model="toy",
             opener=opener,
+            checker=checker,
             readers=readers,
             rooms=rooms,
             workers=workers,
