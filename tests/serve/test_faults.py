@@ -194,7 +194,7 @@ def test_only_results_are_shown_and_no_folders(tmp_path):
     (tmp_path / "answers.jsonl").write_text(json.dumps({"question": "Jane", "answer": "Doe"}) + "\n")
     (tmp_path / "half.jsonl").write_text('{"what": "f1", "val')
     cfg = ServeConfig(results=(str(tmp_path),))
-    backend = Backend(cfg=cfg, engine=None, model="", opener=None, readers=[], rooms={})
+    backend = Backend(cfg=cfg, engine=None, model="", opener=None, checker=None, readers=[], rooms={})
     shown = {Path(file["file"]).name: file for file in _read_results(backend)}
     assert shown.keys() == {"results.jsonl", "half.jsonl"}
     assert shown["results.jsonl"]["rows"] == [row | {"extra": {"data": "scans"}}]
