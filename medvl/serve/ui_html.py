@@ -184,10 +184,12 @@ def values(answer: Mapping[str, Any]) -> Html:
     used = dict.fromkeys(value["status"] for value in answer["values"])
     legend = [(_mark(status), _STATUS.get(status, _UNKNOWN)[1]) for status in used]
     warnings = [(warning["path"], warning["kind"], warning["message"]) for warning in answer["warnings"]]
+    left_out = [(_mark(one["status"]), one["path"]) for one in answer.get("left_out", ())]
     return block(
         tag("p", f"{len(rows)} values, {len(answer['unverified'])} of them not verified"),
         table((), legend),
         table(("Warning", "", ""), warnings) if warnings else "",
+        table(("Left out", ""), left_out) if left_out else "",
         tag("div", table(("", "Status", "Field", "Value", "Page"), rows), kind="scroll"),
         seconds(answer),
     )
