@@ -298,9 +298,9 @@ def test_a_new_key_is_accepted(folder, tmp_path):
     assert not is_accepted(f"Bearer {key}x", digests)
 
 
-def test_a_second_interrupt_ends_it_at_once(tmp_path):
+def test_a_second_interrupt_ends_it_at_once(folder, tmp_path):
     """Although a request is under way, for which it waits after the first."""
-    started = Started(tmp_path, "--engine", "http://127.0.0.1:9", "--set", "readers=0")
+    started = Started(tmp_path, "--model", str(folder), "--set", "readers=0", "--set", "context=400")
     try:
         started.wait_ready()
         opener = started.process_of("opener")["pid"]
