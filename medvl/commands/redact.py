@@ -1,7 +1,8 @@
 """`invoke redact`: a page, a PDF or a DICOM file without what tells who it is about."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -43,12 +44,14 @@ def redact(source: str, out: str, known: str = "") -> int:
     content = Path(source).read_bytes()
     if content[128:132] == b"DICM":
         files.check_writable(out)
-        data, redacted = redact_dicom(content, values)
+        with _named(source):
+            data, redacted = redact_dicom(content, values)
         with files.atomic(out) as tmp:
             tmp.write_bytes(data)
         return _report(redacted)
-    pages = count_pages(content, _LIMITS)
-    images = (open_pages(content, _LIMITS, (number,))[0] for number in pages.numbers)
+    with _named(source):
+        pages = count_pages(content, _LIMITS)
+    images = (_open_page(source, content, number) for number in pages.numbers)
     if pages.kind == "pdf" or len(pages.numbers) > 1:
         check_new_folder(out)
         with new_folder(out) as folder:
@@ -58,6 +61,20 @@ def redact(source: str, out: str, known: str = "") -> int:
     with files.atomic(out) as tmp:
         page.image.save(tmp, "PNG")
     return _report([page])
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Errors of the block name the file: what reads its content does not know its name."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"redact: {source}: {e}") from e
+
+
+def _open_page(source: str, content: bytes, number: int) -> Image.Image:
+    with _named(source):
+        return open_pages(content, _LIMITS, (number,))[0]
 
 
 def _read_known(path: str) -> list[tuple[str, str]]:

@@ -90,8 +90,9 @@ def test_what_is_refused_leaves_nothing(tmp_path, read_as):
     source = tmp_path / "bad.png"
     for content, message in ((b"PK\3\4", "must be PNG"), (b"\0" * 128 + b"DICM", "cannot be read")):
         source.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             redact(str(source), str(tmp_path / "out"))
+        assert str(source) in str(refused.value)
     with pytest.raises(ValueError, match="no such file"):
         redact(str(tmp_path / "none.png"), str(tmp_path / "out"))
     drawn(WORDS).save(source)
