@@ -3,7 +3,9 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
+
+from medvl.base import files
 
 # split_patient_scan_recon, such as "valid_1_a_1"
 _CT_RATE = re.compile(r"(?P<scan>(?P<patient>.+_\d+)_[a-z]+)_\d+")
@@ -14,6 +16,23 @@ def volume_name(path: object) -> str:
     """The name of a volume: its file name without `.nii`, `.nii.gz` or `.npz`."""
     name = PurePath(str(path)).name
     return re.sub(r"(\.nii(\.gz)?|\.npz)$", "", name, flags=re.IGNORECASE)
+
+
+def read_list(path: files.PathLike) -> tuple[str, ...]:
+    """The volumes that a text file names, a name or path a line (as CT-RATE's `no_chest_valid.txt`).
+
+    Raises:
+        ValueError: no readable UTF-8 text, or no line.
+    """
+    files.check_regular(path)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a readable list of volumes, one a line ({e})") from e
+    volumes = [volume_name(line.strip()) for line in lines if line.strip()]
+    if not volumes:
+        raise ValueError(f"{path}: must name volumes, one a line, and is empty")
+    return tuple(dict.fromkeys(volumes))
 
 
 def scan_of(name: str) -> str:

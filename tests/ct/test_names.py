@@ -49,3 +49,17 @@ def test_rules_that_leave_a_volume_without_a_patient_are_refused():
         names.patients_of(["a", "b"], column={"a": "1", "b": " "})
     with pytest.raises(ValueError, match="not both"):
         names.patients_of(["a"], "a", {"a": "1"})
+
+
+def test_a_list_of_volumes_is_read_and_a_bad_one_is_refused(tmp_path):
+    path = tmp_path / "no_chest.txt"
+    path.write_text("/valid_fixed/valid_1/valid_1_a/valid_1_a_1.nii.gz\r\n\nvalid_2_a_1\nvalid_2_a_1.nii.gz")
+    assert names.read_list(path) == ("valid_1_a_1", "valid_2_a_1")
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match="must name volumes, one a line, and is empty"):
+        names.read_list(path)
+    path.write_bytes(b"\x1f\x8b\xff")
+    with pytest.raises(ValueError, match="not a readable list of volumes"):
+        names.read_list(path)
+    with pytest.raises(ValueError, match=r"not a readable list of volumes.*No such file"):
+        names.read_list(tmp_path / "x.txt")
