@@ -329,16 +329,17 @@ def experiments(c):
         "metadata": "CSV with RescaleSlope and RescaleIntercept by VolumeName",
         "workers": "processes",
         "sheet": "also write a contact sheet of middle slices to this PNG",
+        "exclude": "text file of volumes to leave out, one a line (CT-RATE's no_chest_train.txt)",
     },
     iterable=["set_"],
 )
-def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", sheet=""):
+def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", sheet="", exclude=""):
     """Bring a folder of CT scans into a store; exit status 3 when scans were rejected."""
     _needs(source=source, out=out)
     from medvl.commands import ct
 
     num_workers = _whole("workers", workers, 1, 1024)
-    status = _call(ct.fill_store, source, out, exp, set_ or (), metadata, num_workers, sheet)
+    status = _call(ct.fill_store, source, out, exp, set_ or (), metadata, num_workers, sheet, exclude)
     sys.exit(status)
 
 
@@ -673,8 +674,11 @@ def classify(c, run, scan, finding=None, metadata="", set_=None):
     help={
         "labels": "CSV of labels by VolumeName",
         "out": "folder for {part}_*.csv",
-        "sizes": "part=size,...: volumes or shares",
-        "seed": "of the draw",
+        "rule": "balanced keeps the prevalence of every finding; reference is the rule of "
+        "peterhan91/clip_3d_ct, with its file names and split_summary.json, to compare with its numbers",
+        "sizes": "balanced: part=size,...: volumes or shares; default: valid=550,test=2489",
+        "seed": "balanced: of the draw; default: 0",
+        "target": "reference: validation has at most 50 volumes more; default: 500",
         "table": "another CSV to split the same way (reports, metadata), repeatable",
         "patient": "the column of a table that names the patient; default: patients are read from CT-RATE's "
         "names",
@@ -682,10 +686,30 @@ def classify(c, run, scan, finding=None, metadata="", set_=None):
     },
     iterable=["table"],
 )
-def split(c, labels, out, sizes="valid=550,test=2489", seed="0", table=None, patient="", pattern=""):
+def split(
+    c,
+    labels,
+    out,
+    rule="balanced",
+    sizes="",
+    seed="",
+    target="",
+    table=None,
+    patient="",
+    pattern="",
+):
     """Split a label table by patient; the prevalence of every finding is kept."""
     _needs(labels=labels, out=out)
     from medvl.commands import ct
 
-    seed_number = _whole("seed", seed, 0, 2**32 - 1)  # what numpy's generators take
-    _call(ct.split_tables, labels, out, sizes, seed_number, table or (), patient, pattern)
+    # An option of the other rule would change nothing, so it is a mistake.
+    foreign = {"balanced": {"target": target}, "reference": {"sizes": sizes, "seed": seed}}
+    if rule not in foreign:
+        _refuse(f"--rule must be balanced or reference, got {rule!r}")
+    for name, value in foreign[rule].items():
+        if value:
+            _refuse(f"--{name} does not belong to --rule {rule}; leave it out")
+    reference_target = _whole("target", target or "500", 1) if rule == "reference" else 0
+    seed_number = _whole("seed", seed or "0", 0, 2**32 - 1)  # what numpy's generators take
+    sizes = sizes or "valid=550,test=2489"
+    _call(ct.split_tables, labels, out, sizes, seed_number, table or (), patient, pattern, reference_target)

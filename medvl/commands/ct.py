@@ -2,12 +2,16 @@
 looked at.
 """
 
+import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medvl.base import config, files, store
 from medvl.ct import ingest, names, preprocess, reports
@@ -27,6 +31,7 @@ def fill_store(
     metadata: str,
     workers: int,
     sheet: str,
+    exclude: str = "",
 ) -> int:
     """Preprocess scans into a store and print what was done; returns the exit status: 0, or 3 when scans were
     rejected.
@@ -43,7 +48,7 @@ def fill_store(
     _log.setLevel(logging.INFO)
     settings = config.override(_ct_settings(exp), tuple(overrides), "preprocess")
     cfg = config.structure(settings, preprocess.CtConfig, "preprocess")
-    summary = ingest.preprocess_folder(source, store_path, cfg, metadata, workers)
+    summary = ingest.preprocess_folder(source, store_path, cfg, metadata, workers, exclude_txt=exclude)
     num_rejected = len(summary.rejected)
     print(
         f"{store_path}: {summary.done} volumes written, {summary.skipped} were there, {num_rejected} rejected"
@@ -135,6 +140,7 @@ def split_tables(
     tables: Sequence[str] = (),
     patient: str = "",
     pattern: str = "",
+    target: int = 0,
 ) -> None:
     """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` ->
     `folder/{part}_reports.csv`.
@@ -145,20 +151,25 @@ def split_tables(
         sizes: "part=size,...", volumes or shares.
         patient: a column of one of the tables that says whose volume it is.
         pattern: a regular expression that finds the patient in a volume's name, see `names.patients_of`.
+        target: above 0, the rule of the reference with this target and not `sizes` and `seed`; its names of
+            files, too, and a summary and copies of the tables beside them.
     Raises:
         ValueError: unusable tables or sizes, two tables that would be cut into one file, an output that
             exists.
     """
     files.check_writable(folder, folder=True)
     all_tables = (labels, *tables)
-    volumes, _, findings = reports.read_labels(labels, patient=patient)
+    volumes, finding_names, findings = reports.read_labels(labels, patient=patient)
     column = None
     if patient:
         column = reports.read_patients(all_tables, patient)
     patients = names.patients_of(volumes, pattern, column)
-    indices_of_part = reports.split_patients(volumes, findings, _parse_sizes(sizes), seed, patients)
+    if target:
+        indices_of_part = reports.split_like_reference(patients, target)
+    else:
+        indices_of_part = reports.split_patients(volumes, findings, _parse_sizes(sizes), seed, patients)
     rows_of_table = {path: files.read_csv(path, ("VolumeName",)) for path in all_tables}
-    outputs = _outputs_of_split(list(indices_of_part), all_tables, Path(folder))
+    outputs = _outputs_of_split(list(indices_of_part), all_tables, Path(folder), like_reference=target > 0)
     for path, rows in rows_of_table.items():
         _check_volumes(path, rows, {*volumes}, labels)
 
@@ -174,6 +185,33 @@ def split_tables(
             f"{part}: {len(indices)} volumes of {num_patients} patients, mean prevalence "
             f"{findings[indices].mean():.3f} (all: {findings.mean():.3f})"
         )
+    prevalence = [findings[indices].mean(0) for indices in indices_of_part.values()]
+    gap = np.ptp(prevalence, axis=0)
+    print(f"largest difference in prevalence: {finding_names[gap.argmax()]}, {gap.max():.3f}")
+    if target:
+        for path in all_tables:
+            with files.atomic(outputs["original", path]) as tmp:
+                shutil.copyfile(path, tmp)
+        summary = _summarise_split(indices_of_part, patients, target)
+        files.write_text(outputs["summary", ""], json.dumps(summary, indent=2) + "\n")
+
+
+def _summarise_split(
+    indices_of_part: dict[str, np.ndarray], patients: Sequence[str], target: int
+) -> dict[str, Any]:
+    """What the reference writes of its split; patients are numbers where their names end in one."""
+    chosen = {patients[i] for i in indices_of_part["valid"]}
+    ids = [patient.rpartition("_")[2] for patient in chosen]
+    are_numbers = all(i.isdecimal() for i in ids)
+    return {
+        "total_original_volumes": len(patients),
+        "validation_volumes": len(indices_of_part["valid"]),
+        "test_volumes": len(indices_of_part["test"]),
+        "validation_patients": len(chosen),
+        "test_patients": len(set(patients)) - len(chosen),
+        "target_validation_size": target,
+        "validation_patient_ids": sorted(map(int, ids)) if are_numbers else sorted(chosen),
+    }
 
 
 def _check_volumes(path: str, rows: Sequence[dict[str, str]], volumes: set[str], labels: str) -> None:
@@ -212,24 +250,36 @@ def _parse_sizes(text: str) -> dict[str, float]:
 
 
 def _outputs_of_split(
-    part_names: Sequence[str], tables: Sequence[str], folder: Path
+    part_names: Sequence[str], tables: Sequence[str], folder: Path, like_reference: bool
 ) -> dict[tuple[str, str], Path]:
-    """{(part, table): the file to write}; refuses what would overwrite a file, or be written twice."""
+    """{(part, table): the file to write}; refuses what would overwrite a file, or be written twice.
+
+    Like the reference: the part "valid" of reports and metadata is called "validation", a summary and a copy
+    of each table are kept.
+    """
     outputs: dict[tuple[str, str], Path] = {}
     for part in part_names:
-        for table in tables:
+        for number, table in enumerate(tables):
             # "valid_reports.csv" is called by the split it came from: that is replaced by the part's name.
             name = Path(table).name
-            path = folder / f"{part}_{name.partition('_')[2] or name}"
+            prefix = part
+            # The first table is that of the labels.
+            if like_reference and part == "valid" and number:
+                prefix = "validation"
+            path = folder / f"{prefix}_{name.partition('_')[2] or name}"
             if path in outputs.values():
                 raise ValueError(
                     f"split: {' and '.join(tables)}: two of these would be cut into {path}; rename one of "
                     "them"
                 )
-            if path.exists():
-                raise ValueError(
-                    f"split: {path} exists and is not replaced; name another folder with --out, or move it "
-                    "away"
-                )
             outputs[part, table] = path
+    if like_reference:
+        outputs["summary", ""] = folder / "split_summary.json"
+        for table in tables:
+            outputs["original", table] = folder / f"original_{Path(table).name}"
+    for path in outputs.values():
+        if path.exists():
+            raise ValueError(
+                f"split: {path} exists and is not replaced; name another folder with --out, or move it away"
+            )
     return outputs

@@ -55,6 +55,7 @@ def preprocess_folder(
     metadata_csv: PathLike = "",
     workers: int = 1,
     progress: bool = True,
+    exclude_txt: PathLike = "",
 ) -> Summary:
     """Preprocess every scan of `source` into the store `store_path`.
 
@@ -67,13 +68,16 @@ def preprocess_folder(
         metadata_csv: table with a column `VolumeName`; a scan without a row in it is rejected.
         workers: 1 works in this process. More are fresh processes, so a script needs `if __name__ ==
             "__main__":`; a scan whose worker dies (out of memory) is then rejected and the run goes on.
+        exclude_txt: a list of volumes to leave out, see `names.read_list`.
     Raises:
         ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, scans
             that are other files than those that were written, or another run at work on it.
     """
     store_path = Path(store_path)
-    _refuse_overwrite(store_path, source, metadata_csv)
+    _refuse_overwrite(store_path, source, metadata_csv, exclude_txt)
     paths = find_scans(source)
+    if exclude_txt:
+        paths = _leave_out(paths, exclude_txt)
     rows = None
     if metadata_csv:
         rows = metadata_table.read_metadata(metadata_csv, paths, preprocess.metadata_columns(cfg))
@@ -108,6 +112,17 @@ def preprocess_folder(
         skipped=len(paths) - len(pending),
         rejected=rejected,
     )
+
+
+def _leave_out(paths: dict[str, Path], exclude_txt: PathLike) -> dict[str, Path]:
+    excluded = set(names.read_list(exclude_txt))
+    kept = {name: path for name, path in paths.items() if name not in excluded}
+    if not kept:
+        raise ValueError(f"{exclude_txt}: leaves out all {len(paths)} scans")
+    # None is a part of the data without any of them, or the wrong list.
+    level = logging.INFO if len(kept) < len(paths) else logging.WARNING
+    log.log(level, "%s: leaves out %d of %d scans", exclude_txt, len(paths) - len(kept), len(paths))
+    return kept
 
 
 def _refuse_overwrite(store_path: Path, *inputs: PathLike) -> None:

@@ -1,6 +1,7 @@
 """Radiology reports and labels in CT-RATE's tables, prompts for findings, and splits by patient."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -246,6 +247,35 @@ def split_patients(
             f"{', '.join(empty)}"
         )
     return rows
+
+
+def split_like_reference(patients: Sequence[str], target: int) -> dict[str, np.ndarray]:
+    """The validation and test volumes of the reference: patients with the fewest volumes first, in the order
+    of the table, as long as validation has at most `target` + 50 volumes.
+
+    Only to compare with published numbers: patients with one scan, who go to validation, have fewer findings.
+
+    Args:
+        patients: [n] the patient of each volume, in the order of the table.
+    Returns:
+        {"valid": ascending row numbers, "test": the others}; ValueError where one would be empty.
+    Source: peterhan91/clip_3d_ct, split_validation.py.
+    """
+    num_volumes = Counter(patients)
+    chosen, total = set(), 0
+    # Patients of equally many volumes stay in the order of the table.
+    for patient, n in sorted(num_volumes.items(), key=lambda item: item[1]):
+        # The second condition takes a patient of very many volumes where validation would stay too small.
+        if total + n <= target + 50 or total < target - 100:
+            chosen.add(patient)
+            total += n
+    is_chosen = np.array([patient in chosen for patient in patients])
+    if is_chosen.all() or not is_chosen.any():
+        raise ValueError(
+            f"split: target {target} takes {total} of {len(patients)} volumes for validation; both parts "
+            "must have some"
+        )
+    return {"valid": np.flatnonzero(is_chosen), "test": np.flatnonzero(~is_chosen)}
 
 
 def _is_absent(text: str) -> bool:

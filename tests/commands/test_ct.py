@@ -1,11 +1,14 @@
 """What `invoke preprocess`, `split` and `embed` refuse to write, and tables that are cut by patient."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medvl.base import files
 from medvl.commands import ct as ct_commands
+from medvl.ct import reports
 
 
 def _patients_table(path, column=False):
@@ -83,3 +86,89 @@ def test_an_output_that_is_an_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"out must end in .npy"):
         ct_commands.embed_scan("runs/x", "scan.nii.gz", "scan.nii.gz")
     assert table.read_bytes() == before
+
+
+def _ct_rate_tables(folder, seed=0):
+    """Tables with the patients of CT-RATE's validation set: 1,304, of whom 112 have one volume, the others two
+    to four; those with more scans are more ill.
+    """
+    rng = np.random.default_rng(seed)
+    counts = np.repeat([1, 2, 3, 4], [112, 920, 1, 271])
+    rng.shuffle(counts)
+    severity = rng.gamma(2.0, 0.5, len(counts)) * np.where(counts > 2, 1.5, np.where(counts == 1, 0.7, 1.0))
+    prevalence = np.linspace(0.07, 0.45, len(reports.FINDINGS))
+    rows = []
+    for number, (count, ill) in enumerate(zip(counts, severity, strict=True), 1):
+        for scan in range(-(-int(count) // 2)):
+            findings = (rng.random(len(prevalence)) < prevalence * ill).astype(int)
+            for recon in range(min(2, int(count) - 2 * scan)):
+                rows.append((f"valid_{number}_{'abc'[scan]}_{recon + 1}.nii.gz", *findings))
+    folder.mkdir()
+    labels = folder / "valid_predicted_labels.csv"
+    columns = ["VolumeName", *reports.FINDINGS]
+    files.write_csv(labels, [dict(zip(columns, row, strict=True)) for row in rows], columns)
+    for table, column in (("metadata", "ZSpacing"), ("reports", "Findings_EN")):
+        path = folder / f"validation_{table}.csv"
+        files.write_csv(path, [{"VolumeName": row[0], column: "1"} for row in rows], ["VolumeName", column])
+    return str(labels), [str(folder / f"validation_{table}.csv") for table in ("metadata", "reports")]
+
+
+def _worst_gap(*tables):
+    prevalence = [reports.read_labels(table)[2].mean(0) for table in tables]
+    return np.ptp(prevalence, axis=0).max()
+
+
+def test_the_reference_rule_gives_the_reference_counts_and_a_worse_gap_than_balanced(tmp_path, capsys):
+    labels, tables = _ct_rate_tables(tmp_path / "in")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    ct_commands.split_tables(labels, str(tmp_path / "reference"), "", 0, tables, target=500)
+    printed = capsys.readouterr().out
+    assert "valid: 550 volumes of 331 patients" in printed
+    assert "test: 2489 volumes of 973 patients" in printed
+    out = tmp_path / "reference"
+    assert {path.name for path in out.iterdir()} == {
+        *("validation_metadata.csv", "validation_reports.csv", "valid_predicted_labels.csv"),
+        *("test_metadata.csv", "test_reports.csv", "test_predicted_labels.csv"),
+        *("original_validation_metadata.csv", "original_validation_reports.csv"),
+        *("original_valid_predicted_labels.csv", "split_summary.json"),
+    }
+    # All patients of one volume, and of those of two the first 219 of the table.
+    volumes, _, _ = reports.read_labels(labels)
+    of_patient = {}
+    for volume in volumes:
+        of_patient.setdefault(int(volume.split("_")[1]), []).append(volume)
+    ones = [p for p, v in of_patient.items() if len(v) == 1]
+    twos = [p for p, v in of_patient.items() if len(v) == 2]
+    summary = json.loads((out / "split_summary.json").read_text())
+    assert len(ones) == 112
+    assert summary["validation_patient_ids"] == sorted(ones + twos[:219])
+    assert (summary["total_original_volumes"], summary["test_patients"]) == (3039, 973)
+    # The originals as they were, and each part a cut of them.
+    for name, content in before.items():
+        assert (tmp_path / "in" / name).read_bytes() == content
+        assert (out / f"original_{name}").read_bytes() == content
+    assert len(files.read_csv(out / "validation_reports.csv")) == 550
+
+    ct_commands.split_tables(labels, str(tmp_path / "balanced"), "valid=550,test=2489", 0, tables)
+    gaps = {}
+    for rule in ("reference", "balanced"):
+        parts = [tmp_path / rule / f"{part}_predicted_labels.csv" for part in ("valid", "test")]
+        gaps[rule] = _worst_gap(*parts)
+    assert gaps["balanced"] < gaps["reference"] / 2, gaps
+    assert f"{gaps['balanced']:.3f}" in capsys.readouterr().out
+
+
+def test_the_reference_rule_overwrites_nothing_and_needs_two_parts(tmp_path):
+    labels, tables = _ct_rate_tables(tmp_path / "in")
+    with pytest.raises(ValueError, match=r"valid_predicted_labels.csv exists and is not replaced"):
+        ct_commands.split_tables(labels, str(tmp_path / "in"), "", 0, tables, target=500)
+    assert len([*(tmp_path / "in").iterdir()]) == 3
+    with pytest.raises(ValueError, match="both parts must have some"):
+        ct_commands.split_tables(labels, str(tmp_path / "out"), "", 0, tables, target=3039)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_rule_takes_a_patient_of_very_many_volumes_while_validation_is_small():
+    patients = ["a"] + ["b"] * 300 + ["c"] * 400
+    rows = reports.split_like_reference(patients, 200)  # 1, then 301 > 250 with 1 < 100, then 301 is enough
+    assert (len(rows["valid"]), len(rows["test"])) == (301, 400)

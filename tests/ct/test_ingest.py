@@ -710,3 +710,14 @@ def _tiles(v, tmp_path):
     contact_sheet([v], tmp_path / "a.png", window_hu=(-1000, 1000))
     image = Image.open(tmp_path / "a.png")
     return [image.crop((i * 200, 0, (i + 1) * 200, 200)) for i in range(2)]
+
+
+def test_a_list_leaves_scans_out(tmp_path, caplog):
+    source = _folder(tmp_path, "a.nii", "b.nii", "c.nii")
+    names_txt = _text(tmp_path, "no_chest.txt", "x/b.nii\n")
+    with caplog.at_level(logging.INFO):
+        assert _run(tmp_path, source, exclude_txt=names_txt).done == 2
+    assert store.open_store(tmp_path / "s.h5").names == ("a", "c")
+    assert "leaves out 1 of 3 scans" in caplog.text
+    with pytest.raises(ValueError, match=r"no_chest.txt: leaves out all 1 scans"):
+        _run(tmp_path, source / "b.nii", exclude_txt=names_txt)
