@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medvl.ct import names
-from medvl.evaluation import metrics, results
+from medvl.evaluation import calibration, metrics, results
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def evaluate_findings(
     n_bootstrap: int = 1000,
     seed: int = 0,
     patients: Sequence[str] = (),
+    calibrated: Any = None,
 ) -> list[results.Result]:
     """AUROC and AUPRC of every finding and of their mean; with thresholds also the metrics of decisions.
 
@@ -87,6 +88,7 @@ def evaluate_findings(
             one.
         patients: [n] the patient of each volume, read from CT-RATE's names when left out: a patient's scans
             and reconstructions are resampled together.
+        calibrated: the scores after `calibration.calibrate`, to tell the errors of both as probabilities.
     Returns:
         one Result per metric and finding, then its "mean" over the findings that have a value. `n` counts
         volumes; `extra` holds positives, patients, threshold, replicates, replicates without a value, and for
@@ -109,7 +111,9 @@ def evaluate_findings(
         )
     # Patients and not volumes are resampled: those of one patient are alike.
     gen = torch.Generator().manual_seed(seed)
-    intervals = metrics.bootstrap(_statistics(thresholds), s, y, patients, n=n_bootstrap, gen=gen)
+    intervals = metrics.bootstrap(
+        _statistics(thresholds, s, calibrated), s, y, patients, n=n_bootstrap, gen=gen
+    )
     cuts: list[float | None] = [None] * len(findings)
     if thresholds is not None:
         cuts = [None if math.isnan(t) else float(t) for t in thresholds]  # JSON has no NaN
@@ -184,7 +188,7 @@ def _prototype(prompts: Tensor) -> Tensor:
     return mean / norm
 
 
-def _statistics(thresholds: Any) -> metrics.Statistics:
+def _statistics(thresholds: Any, uncalibrated: Any, calibrated: Any) -> metrics.Statistics:
     """What the bootstrap computes on each weighting of the patients."""
 
     def statistics(scores, labels, weights):
@@ -194,6 +198,10 @@ def _statistics(thresholds: Any) -> metrics.Statistics:
         }
         if thresholds is not None:
             values |= metrics.at_threshold(scores, labels, thresholds, weights)
+        if calibrated is not None:
+            for kind, probabilities in (("zero_shot", uncalibrated), ("calibrated", calibrated)):
+                errors = calibration.errors(probabilities, labels, weights)
+                values |= {f"{name}_{kind}": value for name, value in errors.items()}
         return values
 
     return statistics

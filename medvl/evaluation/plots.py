@@ -72,6 +72,31 @@ def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
     return _png(figure)
 
 
+def reliability(scores: Mapping[str, Any], labels: Any, findings: Sequence[str]) -> bytes:
+    """One panel per finding: the share of positives over the mean score of ten bins, a curve for each kind of
+    scores. PNG.
+
+    Args:
+        scores: {kind: [n, c]}, probabilities such as those before and after calibration.
+    """
+    from sklearn.calibration import calibration_curve  # here: a second to import
+
+    y = metrics.checked(labels, labels, findings)[1]
+    figure, axes = _grid(len(findings), min(6, len(findings)), width=2.15, height=2.5)
+    for j, axis in enumerate(axes):
+        axis.plot([0, 1], [0, 1], color=_INK, lw=0.6, ls=":")
+        for (kind, values), style in zip(scores.items(), _LINES, strict=False):
+            shares, means = calibration_curve(y[:, j], np.asarray(values)[:, j], n_bins=10)
+            axis.plot(means, shares, **style, lw=1.2, ms=4, label=kind)
+        axis.set_title(_wrap(findings[j]), fontsize=9)
+        limits, ticks = (-0.02, 1.02), [0, 0.5, 1]
+        axis.set(xlim=limits, ylim=limits, aspect="equal", xticks=ticks, yticks=ticks)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.supxlabel("probability", fontsize=9)
+    figure.supylabel("share with the finding", fontsize=9)
+    return _png(figure)
+
+
 def intervals(rows: Sequence[Result], metric: str = "auroc") -> bytes:
     """A dot and its 95 % interval for each subject of a metric, best on top, the mean below. PNG.
 

@@ -29,6 +29,8 @@ _TITLES = {
     "psnr": "PSNR, dB",
     "mse": "MSE",
     "auprc": "AUPRC",
+    "ece_zero_shot": "Calibration error, zero-shot",
+    "ece_calibrated": "Calibration error, calibrated",
     "f1": "F1",
     "balanced_accuracy": "Balanced accuracy",
     "f1_weighted": "Weighted F1",

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
+from sklearn.calibration import calibration_curve
 
 from medvl.evaluation import metrics, plots
 from medvl.evaluation.results import Result
@@ -53,6 +54,18 @@ def test_roc_says_where_there_is_no_curve(drawn):
     assert "one class only\n0 of 60" in _texts(figure)
     with pytest.raises(ValueError, match="column 'A', row 0"):
         plots.roc(scores * math.nan, labels, "ABC")
+
+
+def test_reliability_is_scikit_learn_s_curve_of_each_finding(drawn):
+    scores, labels = _scores()
+    before, after = 1 / (1 + np.exp(-scores)), np.full(scores.shape, 0.4)
+    labels[:, 2] = 0
+    figure = plots.reliability({"before": before, "after": after}, labels, "ABC")
+    assert [a.get_title() for a in figure.axes] == ["A", "B", "C"]
+    for j, axis in enumerate(figure.axes):
+        shares, means = calibration_curve(labels[:, j], before[:, j], n_bins=10)
+        np.testing.assert_array_equal(axis.lines[1].get_data(), (means, shares))
+        assert [float(x[0]) for x in axis.lines[2].get_data()] == pytest.approx([0.4, labels[:, j].mean()])
 
 
 def _row(what="auroc", subject="A", value=0.8, **other):

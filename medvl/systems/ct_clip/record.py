@@ -141,6 +141,8 @@ class EvaluateConfig:
     findings: tuple[str, ...] = ()  # () = all columns of the label table
     prompts: Literal["reference", "ctclip", "ensemble"] = "ensemble"
     rule: Literal["youden", "f1", "corner"] = "youden"
+    # Of the probabilities, on the validation split: a scale and a bias for each finding, or one temperature.
+    calibration: Literal["platt", "temperature", "none"] = "platt"
     bootstrap: int = 1000
     batch: int = 8
     # Write volume names, which may say who a patient is, below the scans of the report; else their row in the

@@ -12,11 +12,11 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from medvl.base import files, processes, store
+from medvl.base import config, files, processes, store
 from medvl.base.display import track
 from medvl.base.tree import Tree
 from medvl.ct import ingest, names, pairs, reports, zero_shot
-from medvl.evaluation import metrics, plots, report
+from medvl.evaluation import calibration, metrics, plots, report
 from medvl.evaluation.results import Result
 from medvl.hub import tokens
 from medvl.systems.ct_clip import data, model
@@ -146,6 +146,9 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     valid = score_split(ct_clip, params, "valid")
     test = score_split(ct_clip, params, "test")
     thresholds = metrics.best_thresholds(valid.scores, valid.labels, cfg.evaluate.rule)
+    kind = cfg.evaluate.calibration
+    fitted = calibration.fit_calibration(kind, valid.scores, valid.labels, valid.findings)
+    calibrated = calibration.calibrate(fitted, test.scores, test.findings)
     rows = zero_shot.evaluate_findings(
         test.scores,
         test.labels,
@@ -157,25 +160,31 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
         n_bootstrap=cfg.evaluate.bootstrap,
         seed=cfg.seed,
         patients=data.patients_of(cfg, "test", test.names),
+        calibrated=calibrated,
     )
     rows += _retrieval(ct_clip, params, test, experiment)
     _write_scores(folder / "scores_valid.csv", valid)
     _write_scores(folder / "scores_test.csv", test)
     threshold_of_finding = dict(zip(test.findings, thresholds.tolist(), strict=True))
     files.write_text(folder / "thresholds.json", json.dumps(threshold_of_finding, indent=1) + "\n")
+    files.write_text(folder / "calibration.json", json.dumps(config.unstructure(fitted), indent=1) + "\n")
     sheet = _write_sheet(ct_clip, test, folder)
     # Earlier stages have curves of their own, in their folders.
     last_stage = f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}"
     figures = {
         "AUROC with 95 % intervals": plots.intervals([row for row in rows if row.what == "auroc"]),
         "ROC curves of the test split": plots.roc(test.scores, test.labels, test.findings),
+        "Probabilities against what is observed, before and after calibration": plots.reliability(
+            {"zero-shot": test.scores, "calibrated": calibrated}, test.labels, test.findings
+        ),
         **plots.training_curves(folder.parent / last_stage / "metrics.jsonl"),
         "Middle slices of nine test volumes as the model sees them": sheet,
     }
     notes = (
         f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the "
         f"validation split ({len(valid.names)} volumes). Labels were not trained on; validation labels chose "
-        "checkpoint and thresholds.",
+        f"checkpoint, thresholds and calibration ({kind}). Scores and thresholds are zero-shot probabilities; "
+        "calibration is a rising function of them, which changes no ranking and no decision.",
     )
     return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
 

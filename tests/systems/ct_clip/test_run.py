@@ -92,6 +92,7 @@ def test_a_run_leaves_everything_that_made_it(place, trained):
         "results.jsonl",
         "scores_test.csv",
         "thresholds.json",
+        "calibration.json",
         "volumes.png",
     ):
         assert (folder / "results" / name).stat().st_size > 0
@@ -99,6 +100,9 @@ def test_a_run_leaves_everything_that_made_it(place, trained):
         assert (folder / "0-contrast" / name).stat().st_size > 0
     rows = results.read_results(folder / "results/results.jsonl")
     assert {"auroc", "auprc", "f1", "accuracy", "balanced_accuracy", "precision", "recall_at_1"} <= {
+        r.what for r in rows
+    }
+    assert {"ece_zero_shot", "ece_calibrated", "brier_zero_shot", "brier_calibrated"} <= {
         r.what for r in rows
     }
     assert {r.experiment for r in rows} == {folder.name}
