@@ -82,6 +82,12 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def own_rows(total: int) -> slice:
+    """This process's rows of so many that `gather_rows` gave."""
+    share = total // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
 def wait_for_all() -> None:
     """Wait until all processes are here; up to a day, as `join_processes` says."""
     # No `dist.barrier`: with GPUs that is a kernel of NCCL, which keeps the GPU busy for as long as it waits,

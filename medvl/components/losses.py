@@ -20,36 +20,39 @@ from medvl.base.transfer import index_device, to_device
 IGNORE = -100  # label of a token that is not trained
 
 
-def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, own: slice = slice(None)) -> Tensor:
     """Symmetric InfoNCE: mean cross-entropy of finding row i's partner among all rows, in both directions.
 
     Args:
         image, text: [b, d], L2-normalised; row i of one belongs to row i of the other.
         scale: multiplies the cosines (1 / temperature).
+        own: the rows whose mean is taken, each still against all: logits [own, b] instead of [b, b].
     Raises:
         ValueError: shapes differ, or one row (the loss would be 0 whatever the embeddings are).
     Source: Radford et al. 2021, arXiv:2103.00020, fig. 3.
     """
     _check("clip_loss", image, text)
-    logits = scale * image @ text.T  # [b, b], row an image, column a text; partners on the diagonal
-    target = torch.arange(len(image), device=image.device)
-    image_to_text = F.cross_entropy(logits, target)
-    text_to_image = F.cross_entropy(logits.T, target)
-    return (image_to_text + text_to_image) / 2
+    target = torch.arange(len(image), device=image.device)[own]
+    # Row an image, column a text; of all rows partners lie on the diagonal, and one product serves both ways.
+    to_text = scale * image[own] @ text.T
+    to_image = to_text.T if len(target) == len(image) else scale * text[own] @ image.T
+    return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
 
 
-def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+def siglip_loss(
+    image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float, own: slice = slice(None)
+) -> Tensor:
     """Sum over all pairs of -log sigmoid(+-(scale cos + bias)), divided by the rows: + for partners, - for
     all others.
 
-    Args and errors as `clip_loss`; start with scale = 10, bias = -10.
+    Args and errors as `clip_loss` (`own` are images, against all texts); start with scale = 10, bias = -10.
     Source: Zhai et al. 2023, arXiv:2303.15343, algorithm 1.
     """
     _check("siglip_loss", image, text)
-    logits = scale * image @ text.T + bias
-    partners = torch.eye(len(image), device=logits.device, dtype=logits.dtype)
-    sign = 2 * partners - 1  # 1 for partners, else -1
-    return -F.logsigmoid(sign * logits).sum() / len(image)
+    logits = scale * image[own] @ text.T + bias
+    partner = torch.arange(len(image), device=logits.device)[own]
+    sign = torch.full_like(logits, -1).scatter_(1, partner[:, None], 1)  # 1 for partners, else -1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
 def _check(name: str, image: Tensor, text: Tensor) -> None:

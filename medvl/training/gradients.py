@@ -74,7 +74,12 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
 
 
 def cached_value_and_grad(
-    embed: Callable[[Tree, Batch], Batch], contrast: Loss, *, chunk: int, precision: str = "float32"
+    embed: Callable[[Tree, Batch], Batch],
+    contrast: Loss,
+    *,
+    chunk: int,
+    precision: str = "float32",
+    local: bool = False,
 ) -> Grad:
     """The gradient of `contrast(params, embed(params, batch))`, exact for the whole batch, with
     activations of `chunk` rows at a time.
@@ -87,6 +92,9 @@ def cached_value_and_grad(
         embed: rows of a batch -> {name: [rows, ...]}; a row's embedding must not depend on the other
             rows. Runs in `precision`.
         contrast: (params, {name: [all rows, ...]}) -> loss over the whole batch; runs in full precision.
+        local: `contrast` gives the loss of `processes.own_rows` alone; the mean over processes is that of the
+            batch. Each has a gradient by the rows of all, so these are summed too: left out, or without the
+            mean, it would be wrong by the number of processes.
     Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
     """
 
@@ -128,11 +136,15 @@ def cached_value_and_grad(
 
         # 2. The loss of the whole batch, and its gradient by parameters and embeddings.
         value, aux, grads = contrast_grad({"params": params, "rows": rows}, None)
+        if local:
+            parts = flatten({"value": value, **grads})
+            means = _sum_over_processes(list(parts.values()), processes.world_size())
+            grads = unflatten(dict(zip(parts, means, strict=True)))
+            value = grads["value"]
 
         # 3. Pull the embeddings' gradient through each chunk of this process.
         total = {name: torch.zeros_like(leaf) for name, leaf in flatten(params).items()}
-        # The gathered rows are sorted by rank, and every process has n of them.
-        own_rows = slice(processes.rank() * n, (processes.rank() + 1) * n)
+        own_rows = processes.own_rows(n * processes.world_size())
         for span in spans:
             row_grads = {name: grad[own_rows][span] for name, grad in grads["rows"].items()}
             _, _, chunk_grads = chunk_grad(params, (_take_rows(batch, span), row_grads))

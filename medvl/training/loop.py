@@ -104,6 +104,7 @@ def train_steps(
     every: Every = Every(),
     validate: Callable[[State], dict[str, float]] | None = None,
     patience: int = 0,
+    same_processes: bool = False,
     keep_last: int = 1,
     title: str = "training",
     lr: Callable[[int], float] | None = None,
@@ -118,7 +119,7 @@ def train_steps(
 
     On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes
     on from there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of processes can
-    go on, except where steps draw (dropout, noise): that would be another result.
+    go on, except where steps draw (dropout, noise), which would be another result, or with `same_processes`.
 
     Args:
         state: where training starts if the folder has no `last.pt`; its names and shapes are those that the
@@ -128,6 +129,7 @@ def train_steps(
         folder: None for a training of seconds: nothing is read or written, and a stop loses it.
         validate: state -> numbers, "score" among them: higher is better.
         patience: how many validations in a row may give no better score before training ends, 0 = any number.
+        same_processes: refuse to go on with another number of processes, which would change the last bits.
         keep_last: with 2 or more, so many states are kept in `step-*.pt`, one of each save.
         title: what the lines that are shown begin with.
         lr: step (from 0) -> its learning rate, to be shown.
@@ -143,7 +145,7 @@ def train_steps(
     # A run that ended early is not prolonged when it is started again.
     if _is_out_of_patience(state, patience):
         return state
-    _check_processes(last, state, steps)
+    _check_processes(last, state, steps, same_processes)
     # `read_trained` tells a finished run by step and steps in the file.
     state = evolve(state, steps=steps)
     journal: Callable[[dict[str, Any]], None] = lambda line: None
@@ -274,16 +276,17 @@ def _keep_states(last: Path, step: int, number: int) -> None:
         old.unlink()
 
 
-def _check_processes(path: Path | None, state: State, steps: int) -> None:
-    """Refuse to go on with another number of processes where what each of them draws for its share would
-    then be something else."""
+def _check_processes(path: Path | None, state: State, steps: int, must_be_same: bool) -> None:
+    """Refuse to go on with another number of processes where the result would then be something else."""
     # 0: written before the number of processes was saved.
     same = state.processes in (0, processes.world_size())
-    if state.drawn and not same and state.step < steps:
+    if (state.drawn or must_be_same) and not same and state.step < steps:
+        reason = "each adds up its share of a batch by itself"
+        if state.drawn:
+            reason = "each draws (dropout, noise) for its share of a batch"
         raise ValueError(
             f"{path}: was trained by {state.processes} processes, now there are {processes.world_size()}; "
-            "each draws (dropout, noise) for its share of a batch, so the result would change: "
-            f"start {state.processes}, or remove the file to train anew"
+            f"{reason}, so the result would change: start {state.processes}, or remove the file to train anew"
         )
 
 

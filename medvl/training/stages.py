@@ -50,6 +50,7 @@ def train_stage(
     bound: Callable[[Tree], Tree] = lambda params: params,
     seed: int = 0,
     keyed: bool = False,
+    same_processes: bool = False,
     title: str = "",
     log: Callable[[str], None] = print,
 ) -> states.State:
@@ -63,6 +64,7 @@ def train_stage(
         means: running means to go on from.
         bound: puts parameters back into their range after a step.
         keyed: see `make_optimizer`.
+        same_processes: see `loop.train_steps`.
     """
     optimizer = make_optimizer(cfg, stage, trained, seed, keyed=keyed)
     schedule = warmup_cosine(stage.steps, stage.warmup)  # the optimiser has its own; this one is shown
@@ -78,6 +80,7 @@ def train_stage(
             every=loop.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
             validate=validate,
             patience=cfg.patience,
+            same_processes=same_processes,
             keep_last=cfg.keep_last,
             title=title or stage.name,
             lr=lambda i: stage.lr * schedule(i),

@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvl.components import losses
 from medvl.components.losses import clip_loss, siglip_loss, token_cross_entropy, trained_mask
-from medvl.training import gradients
+from medvl.training import estimate, gradients
 
 
 def _pair(gen, b=5, d=8):
@@ -48,6 +48,36 @@ def test_errors(loss, gen):
         loss(a[:1], b[:1])
     with pytest.raises(ValueError, match=r"must both be \[b, d\]"):
         loss(a, b[:3])
+
+
+_BOTH = pytest.mark.parametrize(
+    "loss",
+    [lambda a, b, own: clip_loss(a, b, 9.0, own), lambda a, b, own: siglip_loss(a, b, 9.0, -5.0, own)],
+    ids=["clip", "siglip"],
+)
+
+
+@_BOTH
+def test_the_mean_over_parts_is_the_loss_of_all_rows(loss, gen):
+    whole = [t.requires_grad_() for t in _pair(gen, b=6)]
+    parts = [t.detach().clone().requires_grad_() for t in whole]
+    want = loss(*whole, slice(None))
+    mean = sum(loss(*parts, slice(i, i + 2)) for i in (0, 2, 4)) / 3
+    torch.testing.assert_close(mean, want)
+    for got, right in zip(torch.autograd.grad(mean, parts), torch.autograd.grad(want, whole), strict=True):
+        torch.testing.assert_close(got, right)
+
+
+@_BOTH
+def test_a_part_takes_its_share_of_the_memory(loss):
+    def peak(own):
+        rows = {name: torch.empty(4096, 8, device="meta") for name in ("a", "b")}
+        grad = gradients.value_and_grad(
+            lambda p, _: (loss(p["a"], p["b"], own), gradients.Aux()), reduce=False
+        )
+        return sum(estimate.peak_of(lambda: grad(rows, None), {}).values())
+
+    assert peak(slice(None)) == pytest.approx(4 * peak(slice(1024)), rel=0.02)
 
 
 # The next token -------------------------------------------------------------------------------------------------------------------------

@@ -808,28 +808,31 @@ def test_an_update_that_overflows_is_not_saved(tmp_path):
         run()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_another_number_of_processes_goes_on_unless_each_of_them_draws(tmp_path, dropout):
-    """Where nothing is drawn any number of processes computes the same; masks of dropout are drawn by each process for its rows."""
+@pytest.mark.parametrize(("dropout", "same"), [(0.0, False), (0.0, True), (0.5, False)])
+def test_another_number_of_processes_goes_on_unless_each_of_them_draws(tmp_path, dropout, same):
+    """Where nothing is drawn any number of processes computes the same, but for the last bits; masks of dropout are drawn by each process for its rows."""
     params, optimizer = {"w": torch.ones(3)}, adamw(lambda n: Rate(lr=0.1))
     loss = lambda p, x: ((F.dropout(p["w"], dropout) if dropout else p["w"]).sum() * x, Aux())
 
     def train_to(steps):
         step = make_step(value_and_grad(loss), optimizer, seed=0)
         state = State(params=params, opt=optimizer.init(params))
-        return train_steps(step, state, lambda i: torch.ones(()), steps=steps, folder=tmp_path)
+        return train_steps(
+            step, state, lambda i: torch.ones(()), steps=steps, folder=tmp_path, same_processes=same
+        )
 
     assert train_to(2).drawn == (dropout > 0)
     raw = torch.load(tmp_path / "last.pt", weights_only=True)
     assert raw["processes"] == 1
     torch.save(raw | {"processes": 4}, tmp_path / "last.pt")  # as four processes leave it
     assert train_to(2).step == 2  # nothing is left to be trained
-    if not dropout:
+    if not (dropout or same):
         assert train_to(4).step == 4
         return
+    reason = "each draws" if dropout else "each adds up its share of a batch by itself"
     with pytest.raises(
         ValueError,
-        match=r"last.pt: was trained by 4 processes, now there are 1; each draws .* start 4, or remove",
+        match=f"last.pt: was trained by 4 processes, now there are 1; {reason}.* start 4, or remove",
     ):
         train_to(4)
     torch.save(

@@ -281,8 +281,9 @@ def contrastive_loss(
     cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]
 ) -> tuple[Tensor, gradients.Aux]:
     """The loss over {"image" [b, d], "text" [b, k, d]} of a whole batch, normalised over that batch; the mean
-    over the k texts.
+    over the k texts. With gather = "local" it is that of this process's rows.
     """
+    own = slice(None) if cfg.gather == "global" else processes.own_rows(len(rows["image"]))
     statistics = {side: batch_statistics(cfg, tower) for side, tower in rows.items()}
     image = place(params, "image", rows["image"], statistics["image"])
     texts = place(params, "text", rows["text"], statistics["text"])
@@ -292,9 +293,10 @@ def contrastive_loss(
     loss_of_text = []
     for one_text in texts.unbind(1):
         if cfg.loss == "clip":
-            loss_of_text.append(losses.clip_loss(image, one_text, scale))
+            loss_of_text.append(losses.clip_loss(image, one_text, scale, own))
         else:
-            loss_of_text.append(losses.siglip_loss(image, one_text, scale, params["contrast"]["bias"]))
+            bias = params["contrast"]["bias"]
+            loss_of_text.append(losses.siglip_loss(image, one_text, scale, bias, own))
     return torch.stack(loss_of_text).mean(), gradients.Aux(metrics={"scale": scale}, means=statistics)
 
 
@@ -317,7 +319,11 @@ def contrastive_gradient(
         return contrastive_loss(cfg.contrast, merge_trees(frozen, p), rows)
 
     gradient = gradients.cached_value_and_grad(
-        embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
+        embed,
+        contrast,
+        chunk=cfg.train.chunk,
+        precision=cfg.train.precision,
+        local=cfg.contrast.gather == "local",
     )
 
     def run(p: Tree, batch: gradients.Batch) -> tuple[Tensor, gradients.Aux, Tree]:

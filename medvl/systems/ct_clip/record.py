@@ -114,6 +114,8 @@ class ContrastConfig:
     """What is compared, and how."""
 
     loss: Literal["clip", "siglip"] = "clip"
+    # Of several processes: each compares all rows with all, or ("local") its own with all. The gradient is one.
+    gather: Literal["global", "local"] = "global"
     dim: int = 512
     # Of a tower's rows, over the batch (running values when not training). Without `centre` all volumes start
     # nearly parallel; with `standardise` rare directions count as much as frequent ones.

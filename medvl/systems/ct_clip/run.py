@@ -110,6 +110,7 @@ def _fit_stage(
         bound=lambda p: ct_clip.bound_scale(cfg.contrast, p),
         seed=cfg.seed,
         keyed=True,
+        same_processes=True,
         log=log,
     )
     return merge_trees(frozen, state.params), state.means

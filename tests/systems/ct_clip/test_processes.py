@@ -94,3 +94,28 @@ def test_processes_fill_a_cache_together(one, tmp_path, worlds):
     assert len(encoded) in worlds
     assert max(map(len, encoded)) - min(map(len, encoded)) <= 1
     assert [file.suffix for file in (tmp_path / "filled").iterdir()] == [".h5"]  # no lock is left
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_global_and_local_loss_are_those_of_one_process(one, world, loss):
+    """Loss and norm of the gradient at each step of gradient descent, in every process."""
+
+    def read(number, rank):
+        curves = json.loads((one / f"curves-{number}-{rank}.json").read_text())
+        return {name: torch.tensor(curve, dtype=torch.float64) for name, curve in curves.items()}
+
+    for number in (1, world):
+        if not (one / f"curves-{number}-0.json").exists():
+            run_together(together.__name__, "train_by_descent", one, number, cwd=one)
+    alone = read(1, 0)[f"{loss} global"]
+    assert alone[0, 0] - alone[-1, 0] > 0.1  # it learns
+    assert torch.equal(alone, read(1, 0)[f"{loss} local"])
+    for rank in range(world):
+        found = read(world, rank)
+        torch.testing.assert_close(found[f"{loss} global"], alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[f"{loss} local"], alone, rtol=1e-6, atol=1e-6)
+        # The same check sees a gradient that is too large by the number of processes: first in its norm, then in the loss.
+        wrong = found[f"{loss} wrong"]
+        assert wrong[0].tolist() == pytest.approx([float(alone[0, 0]), world * float(alone[0, 1])])
+        assert (wrong - alone)[1:, 0].abs().min() > 1e-3
