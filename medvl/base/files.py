@@ -518,8 +518,14 @@ def check_uncompressed(path: PathLike) -> None:
     try:
         with zipfile.ZipFile(path) as members:
             sizes = [m.file_size for m in members.infolist() if m.compress_type != zipfile.ZIP_STORED]
+            scripted = any(name.endswith("/constants.pkl") for name in members.namelist())
     except (ValueError, *READ_ERRORS) as e:
         raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
+    if scripted:
+        raise ValueError(
+            f"{path}: is an archive of TorchScript with code, which is never run; if you trust it, write its "
+            "weights alone: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE)"
+        )
     if sizes:
         raise ValueError(
             f"{path}: must be uncompressed, as torch.save writes it; {len(sizes)} members are compressed and "

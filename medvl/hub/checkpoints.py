@@ -225,10 +225,10 @@ def _copy(t: Tensor) -> Tensor:
 
 def open_weights(path: Path, name: str) -> dict[str, Entry]:
     """The tensors of a weight file or of all shards an index names; only shapes and dtypes are read."""
-    if path.suffix == ".bin":
-        return entries_of(read_pickle(path))
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
+    if path.suffix != ".json":
+        return entries_of(read_pickle(path))
     entries: dict[str, Entry] = {}
     for shard in _shards(path):
         # A shard in the hub's cache may not lie there yet.

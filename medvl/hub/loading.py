@@ -20,7 +20,7 @@ from torch import Tensor
 from medvl.base import files
 from medvl.base.display import track
 from medvl.base.text import few
-from medvl.hub import int4_files
+from medvl.hub import clip, int4_files
 from medvl.hub.architectures import check_head, find_architecture
 from medvl.hub.checkpoints import (
     Entry,
@@ -30,7 +30,6 @@ from medvl.hub.checkpoints import (
     list_faults,
     open_weights,
     read_json,
-    read_pickle,
     release_memory,
 )
 from medvl.hub.dinov2 import dinov2_config, from_dinov2
@@ -71,7 +70,7 @@ def load_skeleton(
     Args:
         name: a folder with config.json and model.safetensors (or shards with their index, or
             pytorch_model.bin); a name on the Hugging Face hub, read from its cache and downloaded only if it
-            is not there; or an original DINOv2 file (`dinov2_vitb14_pretrain.pth`).
+            is not there; or a file of the original DINOv2 (`dinov2_vitb14_pretrain.pth`) or CLIP.
         part: the tower to take from a checkpoint that holds two (CLIP).
         head: "" takes the plain encoder or decoder, "language" the model that predicts tokens, with its
             vision tower if it has one.
@@ -90,12 +89,10 @@ def load_skeleton(
         raise ValueError(f"load: part must be '', 'text' or 'vision', got {part!r}")
     check_head(head)
     path = Path(name)
-    # An original DINOv2 file has no config: it is computed from the shapes.
     if path.is_file():
-        state = read_pickle(path)
-        config = dinov2_config(state, str(path))
+        config, state = _read_original(path, part)
         _warn_of_positions(config, path.stem)
-        return bind_weights(config, from_dinov2(state), name=path.stem, dtype=dtype, device=device)
+        return bind_weights(config, state, name=path.stem, dtype=dtype, device=device)
 
     config = read_json(find_file(str(name), ("config.json",)))
     entries = open_weights(find_file(str(name), _WEIGHT_FILES), str(name))
@@ -122,7 +119,7 @@ def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tupl
     SigLIP).
     """
     if Path(name).is_file():
-        return load_skeleton(name)
+        return load_skeleton(name, part=tower)
     config = read_json(find_file(str(name), ("config.json",)))
     if f"{tower}_config" in config:
         return load_skeleton(name, part=tower)
@@ -130,13 +127,28 @@ def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tupl
 
 
 def encoder_config(name: files.PathLike, tower: Literal["text", "vision"]) -> dict[str, Any]:
-    """The config of what `load_encoder` loads; no weights are read, unless an original DINOv2 file has only those."""
+    """The config of what `load_encoder` loads; no weights are read, unless an original file has only those."""
     if Path(name).is_file():
-        return dinov2_config(read_pickle(Path(name)), str(name))
+        return _read_original(Path(name), tower)[0]
     config = read_json(find_file(str(name), ("config.json",)))
     if f"{tower}_config" in config:
         return _tower_config(config, tower)
     return config
+
+
+def _read_original(path: Path, tower: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, weights) of a file of DINOv2, or of a tower of CLIP; they have no config of Hugging Face's, so it is
+    computed from the shapes.
+    """
+    state = {key: entry.read() for key, entry in open_weights(path, str(path)).items()}
+    if not any(key.startswith("visual.") or key.endswith("token_embedding.weight") for key in state):
+        return dinov2_config(state, str(path)), from_dinov2(state)
+    if not tower:
+        raise ValueError(f"load: {path} is a CLIP, of two towers; take one with part='text' or part='vision'")
+    settings = path.with_name(clip.SETTINGS)
+    weights = clip.from_clip(state, tower)
+    described = read_json(settings).get("model_cfg", {}) if settings.is_file() else {}
+    return clip.clip_config(weights, tower, str(path), described), weights
 
 
 def _tower_config(config: Mapping[str, Any], tower: str) -> dict[str, Any]:

@@ -131,6 +131,8 @@ def _init_projection(width: int, dim: int, gen: torch.Generator) -> Tree:
 def _open_tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
     """The named tokenizer, or byte-level BPE that is trained on `texts` once and kept in the run's folder."""
     name = cfg.words.tokenizer or cfg.words.encoder
+    if not cfg.words.tokenizer and Path(name).is_file():
+        raise ValueError(f"words.tokenizer must name a tokenizer, such as CLIP's: {name} holds weights alone")
     if name:
         return tokens.tokenizer(name)
     path = folder / "tokenizer"

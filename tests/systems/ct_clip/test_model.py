@@ -1,14 +1,21 @@
 """The precision of the slice encoder, and what of a batch is copied to a GPU."""
 
+import json
+
 import pytest
 import torch
 from attrs import evolve
+from safetensors.torch import save_file
 
 from medvl.base.tree import flatten
 from medvl.components.encode import EncodeConfig
+from medvl.components.text import TextConfig
+from medvl.hub import clip, tokens
 from medvl.systems.ct_clip import model as ct_clip
+from medvl.systems.ct_clip.record import VitConfig, WordsConfig
 from tests.gpu import cases
 from tests.gpu.pretend import GPU, pretended_gpu
+from tests.hub.test_clip import original, resnet
 
 HALF = {"train__precision": "bfloat16"}
 
@@ -57,3 +64,24 @@ def test_a_batch_stays_as_it_is_on_the_cpu():
     moved = ct_clip.move_batch(batch, torch.device("cpu"))
     assert moved.keys() == batch.keys()
     assert all(moved[name] is batch[name] for name in batch)
+
+
+def test_both_towers_from_a_clip_of_openai(tmp_path):
+    """What the record names is what is computed; a ResNet and a file without a tokenizer are refused."""
+    path = tmp_path / "ViT-X.safetensors"
+    save_file(original(), path)
+    (tmp_path / clip.SETTINGS).write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
+    tokens.train_bpe(["a nodule", "no nodule"], 259, tmp_path / "tokenizer")
+    cfg = cases.ct_clip_model()[0].cfg
+    words = WordsConfig(encoder=str(path), pool="last", tower=TextConfig(context=12))
+    cfg = evolve(cfg, vit=VitConfig(name=str(path)), words=words, fuse=evolve(cfg.fuse, inputs=128))
+    with pytest.raises(ValueError, match=r"words.tokenizer must name a tokenizer, such as CLIP's: .*ViT-X"):
+        ct_clip.init_model(cfg, tmp_path)
+    cfg = evolve(cfg, words=evolve(words, tokenizer=str(tmp_path / "tokenizer")))
+    model, params = ct_clip.init_model(cfg, tmp_path)
+    assert torch.equal(params["vit"]["post_layernorm.weight"], original()["visual.ln_post.weight"])
+    assert model.text_encoder.config["num_hidden_layers"] == 2
+    assert params["project"]["text"]["weight"].shape[1] == 64
+    save_file(resnet(), path)
+    with pytest.raises(ValueError, match="vision tower must be a transformer"):
+        ct_clip.init_model(cfg, tmp_path)

@@ -1,0 +1,94 @@
+"""CLIP as OpenAI (github.com/openai/CLIP) and open_clip publish it: a tower's weights and config as Hugging Face has
+them.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from medvl.base.text import few
+
+SETTINGS = "open_clip_config.json"
+# The weights of a tower, without its projection.
+_TOWERS = {
+    "vision": r"visual\.(?!proj$)(.+)",
+    "text": r"(?:text\.)?((?:transformer|token|positional|ln_final).*)",
+}
+# Parts of names there and in Hugging Face's CLIP, replaced in this order.
+_NAMES = {
+    "transformer.resblocks.": "encoder.layers.",
+    "token_embedding.": "embeddings.token_embedding.",
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.": "embeddings.patch_embedding.",
+    "ln_pre.": "pre_layrnorm.",
+    "ln_post.": "post_layernorm.",
+    "ln_final.": "final_layer_norm.",
+    "ln_": "layer_norm",
+    "attn.": "self_attn.",
+    "c_fc.": "fc1.",
+    "c_proj.": "fc2.",
+}
+
+
+def from_clip(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
+    """The weights of a tower, "text" or "vision", without its projection, by Hugging Face's names."""
+    weights: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(_TOWERS[tower], key)
+        if match is None or key.endswith("attn_mask"):  # which is computed
+            continue
+        name = match[1]
+        for old, new in _NAMES.items():
+            name = name.replace(old, new)
+        # The original keeps the three projections in one tensor.
+        pieces = zip("qkv", tensor.chunk(3), strict=True) if ".in_proj_" in name else [("", tensor)]
+        weights |= {name.replace("in_proj_", f"{letter}_proj."): piece for letter, piece in pieces}
+    return weights
+
+
+def clip_config(
+    weights: Mapping[str, Tensor], tower: str, path: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config of a tower from `from_clip`, by its shapes and what they do not tell.
+
+    Args:
+        settings: model_cfg of open_clip_config.json; empty = there is none.
+    Raises:
+        ValueError: the tower is no transformer of CLIP's own, or not the one that the settings describe.
+    """
+    embed = "embeddings.patch_embedding" if tower == "vision" else "embeddings.token_embedding"
+    depth = sum(name.endswith("mlp.fc1.weight") for name in weights)
+    if not depth or f"{embed}.weight" not in weights:
+        raise ValueError(
+            f"load: {path}: its {tower} tower must be a transformer of CLIP's own, as those of ViT-B-32, and is "
+            "another network; of a CLIP whose vision tower is a ResNet, such as RN50, only the text tower is read"
+        )
+    inner, width = weights["encoder.layers.0.mlp.fc1.weight"].shape
+    own = settings.get(f"{tower}_cfg", {})
+    needed = {"layers": depth, "width": width} | dict.fromkeys(
+        ("act_kwargs", "norm_kwargs", "no_causal_mask")
+    )
+    wrong = [name for name, found in needed.items() if (own.get(name) or found) != found]
+    if wrong:
+        raise ValueError(f"load: {path}: {SETTINGS} describes another {tower} tower, by {few(wrong)}")
+    if not settings:
+        advice = "quick_gelu is taken, as of OpenAI; most other CLIP have gelu"
+        warnings.warn(f"load: {path} has no {SETTINGS} beside it: {advice}", stacklevel=4)
+    positions = len(weights["embeddings.position_embedding.weight"])
+    rows, *_, patch = weights[f"{embed}.weight"].shape
+    config = {
+        "model_type": f"clip_{tower}_model",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": depth,
+        "num_attention_heads": own.get("heads", width // own.get("head_width", 64)),
+        "hidden_act": "quick_gelu" if settings.get("quick_gelu", not settings) else "gelu",
+    }
+    # CLIP pools by the end token, the last of the vocabulary.
+    text = {"vocab_size": rows, "max_position_embeddings": positions, "eos_token_id": rows - 1}
+    vision = {"patch_size": patch, "image_size": patch * round((positions - 1) ** 0.5)}
+    return config | (text if tower == "text" else vision)
