@@ -713,3 +713,51 @@ def split(
     seed_number = _whole("seed", seed or "0", 0, 2**32 - 1)  # what numpy's generators take
     sizes = sizes or "valid=550,test=2489"
     _call(ct.split_tables, labels, out, sizes, seed_number, table or (), patient, pattern, reference_target)
+
+
+@task(
+    positional=[],
+    help={
+        "table": "CSV of reports: VolumeName, Findings_EN, Impressions_EN; it is not changed",
+        "examples": "CSV of the training split's reports, of other patients",
+        "out": "CSV to write, with a column Impression_source; a log (.json) and the answers lie beside it",
+        "engine": "address of a server of OpenAI's API, such as http://vllm:8000",
+        "model": "as that server calls it; without --engine a folder or hub name of a model that runs here",
+        "for_training": "complete reports although labels made from them are evaluated (valid_, test_)",
+        "shots": "examples in a prompt",
+        "seed": "of the draw of examples and of the answers",
+        "max_tokens": "of an answer",
+        "in_flight": "requests at a time",
+    },
+)
+def impressions(
+    c,
+    table,
+    examples,
+    out,
+    engine="",
+    model="",
+    for_training=False,
+    shots="8",
+    seed="0",
+    max_tokens="256",
+    in_flight="16",
+):
+    """Write the impressions that reports lack from their findings, by a language model. Research use, not for diagnosis."""
+    _needs(table=table, examples=examples, out=out)
+    # The task has the module's name.
+    from medvl.commands import impressions as commands
+
+    _call(
+        commands.fill_impressions,
+        table,
+        examples,
+        out,
+        engine=engine,
+        model=model,
+        shots=_whole("shots", shots, 1, 1000),
+        seed=_whole("seed", seed),
+        max_tokens=_whole("max-tokens", max_tokens, 1, 2**20),
+        in_flight=_whole("in-flight", in_flight, 1, 1024),
+        for_training=for_training,
+    )

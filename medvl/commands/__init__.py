@@ -2,7 +2,7 @@
 print.
 
 `doctor` (what is installed), `experiments` (list, labels, memory), `questions` (`invoke ask`), `ct`
-(preprocess, split, embed, classify), `data` (`invoke data`, `invoke conversations`), `slides` (check, pack),
+(preprocess, split, embed, classify), `impressions` (those that reports lack), `data` (`invoke data`, `invoke conversations`), `slides` (check, pack),
 `vqgan` and `plugins` (convert), `pictures` (`invoke draw`), `registries` (`invoke adapters`: build, add, list,
 show), `pipeline` (all steps from a model to a report), `redact` (pages and DICOM files without names), `serve` (the
 HTTP service), `ui` (the page to look at it).

@@ -101,7 +101,7 @@ def read_reports(
     texts = []
     for row in rows:
         # "both" of a row that has one part is this part alone.
-        present = [row[column].strip() for column in columns if not _is_absent(row[column])]
+        present = [row[column].strip() for column in columns if not is_absent(row[column])]
         texts.append(" ".join(present))
     absent = [i for i, t in enumerate(texts) if not t]
     # Row 1 of the file is the header, and people count from 1.
@@ -115,7 +115,7 @@ def read_reports(
     if absent:
         remedy = _REMEDIES[missing]
         _log.warning("%s: %d of %d reports have no %s text; %s", path, len(absent), len(rows), text, remedy)
-    volumes = _read_volumes(path, rows)
+    volumes = check_volumes(path, rows)
     return {v: t for v, t in zip(volumes, texts, strict=True) if t or missing == "empty"}
 
 
@@ -152,7 +152,7 @@ def read_labels(
                     f"{path}: labels must be 0 or 1, found {value!r} in column {column!r}, row {i + 2}"
                 )
             labels[i, j] = _BINARY[value]
-    return _read_volumes(path, rows), columns, labels
+    return check_volumes(path, rows), columns, labels
 
 
 def prompts_for(finding: str, prompts: str = "ensemble") -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -182,7 +182,7 @@ def read_patients(tables: Sequence[files.PathLike], column: str) -> dict[str, st
         rows = files.read_csv(path, ("VolumeName",))
         if column in rows[0]:
             patients = [row[column] for row in rows]
-            return dict(zip(_read_volumes(path, rows), patients, strict=True))
+            return dict(zip(check_volumes(path, rows), patients, strict=True))
         present.append(f"{path} has {', '.join(rows[0])}")
     raise ValueError(f"patients: a table must have the column {column!r}; {'; '.join(present)}")
 
@@ -278,12 +278,13 @@ def split_like_reference(patients: Sequence[str], target: int) -> dict[str, np.n
     return {"valid": np.flatnonzero(is_chosen), "test": np.flatnonzero(~is_chosen)}
 
 
-def _is_absent(text: str) -> bool:
+def is_absent(text: str) -> bool:
+    """Whether a cell holds no text: it is empty, or says so (NaN, None, N/A, "Not given.")."""
     return text.strip().casefold().rstrip(".") in _ABSENT
 
 
-def _read_volumes(path: files.PathLike, rows: list[dict[str, str]]) -> tuple[str, ...]:
-    """The volume names of a table, each of which must be there once."""
+def check_volumes(path: files.PathLike, rows: list[dict[str, str]]) -> tuple[str, ...]:
+    """The volume names of a table; raises where one is there twice, or is missing."""
     row_of: dict[str, int] = {}
     for i, row in enumerate(rows, 2):  # row 1 is the header
         volume = names.volume_name(row["VolumeName"].strip())

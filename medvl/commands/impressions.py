@@ -1,0 +1,133 @@
+"""`invoke impressions`: reports without an impression get one, from a server or from a model on this machine."""
+
+import asyncio
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import evolve
+
+from medvl.base import files, progress
+from medvl.ct import impressions
+from medvl.serve.backend import Backend, make_backend
+from medvl.serve.interface import Engine, Piece, Refused, Request
+from medvl.serve.settings import ServeConfig
+
+_TRIES, _BACKOFF_S = 6, 1.0  # of a request whose engine fails; the wait doubles
+
+
+def fill_impressions(
+    table: str,
+    examples: str,
+    out: str,
+    *,
+    engine: str = "",
+    model: str = "",
+    shots: int = 8,
+    seed: int = 0,
+    max_tokens: int = 256,
+    in_flight: int = 16,
+    for_training: bool = False,
+) -> None:
+    """Write `table` to `out` with the impressions that it lacks, and a log of these to a .json beside it.
+
+    Answers are kept beside it as they come, in a file whose name stands for the prompts and settings, so that the
+    same call goes on after a kill.
+
+    Args:
+        engine: address of a server of OpenAI's API; "" = `model` runs here.
+        shots: examples in a prompt.
+        in_flight: requests at a time.
+    Raises:
+        ValueError: tables that must not be used so; a server that fails; another run that writes to `out`.
+    """
+    path = Path(out)
+    if path.suffix != ".csv" or path.resolve() in (Path(table).resolve(), Path(examples).resolve()):
+        raise ValueError(f"impressions: --out must be a file of its own that ends in .csv, got {out}")
+    if not engine and not model:
+        raise ValueError("impressions: give the --engine URL of a server, or a --model that runs here")
+    files.check_writable(path)
+    rows, pool = impressions.read_table(table), impressions.read_table(examples)
+    impressions.check_tables(table, rows, pool, for_training)
+    prompts = impressions.make_prompts(rows, pool, shots, seed)
+    row_of = {prompt: row for row, prompt in enumerate(prompts, 2) if prompt}
+    requests = [
+        Request(
+            id=f"row {row}",
+            messages=({"role": "user", "content": prompt},),
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        for prompt, row in row_of.items()
+    ]
+    here = "" if engine else model
+    cfg = ServeConfig(
+        engine=engine, engine_model=model, model=here, rows=in_flight, queue=in_flight, grace_s=0
+    )
+    decides = json.dumps([*row_of, model, max_tokens, seed]).encode()
+    journal = path.with_suffix(f".{hashlib.sha256(decides).hexdigest()[:8]}.answers.jsonl")
+    with files.file_lock(path):
+        answers = _ask_all(make_backend(cfg), requests, journal)
+        cleaned = [impressions.clean_answer(answer["text"], answer["is_cut"]) for answer in answers]
+        text_of = {prompt: text for prompt, (text, _) in zip(row_of, cleaned, strict=True)}
+        completed, log = impressions.complete_rows(rows, [text_of.get(prompt, "") for prompt in prompts])
+        files.write_text(path.with_suffix(".json"), json.dumps(log, ensure_ascii=False, indent=2))
+        files.write_csv(path, completed, completed[0])
+    sources = Counter(row[impressions.SOURCE] for row in completed)
+    no_findings = sources[""] - sum(text_of.get(prompt) == "" for prompt in prompts)
+    models = ", ".join(sorted({answer["model"] for answer in answers}))
+    print(
+        f"{out}: {len(rows)} rows: {sources['original']} have an impression of their own, {sources['generated']} a "
+        f"generated one, {sources['']} none ({no_findings} without findings)\n{len(answers)} scans asked ({models}): "
+        f"{sum(is_cleaned for _, is_cleaned in cleaned)} answers cleaned, {sum(answer['is_cut'] for answer in answers)} "
+        f"cut, {sum(not text for text, _ in cleaned)} empty"
+    )
+
+
+def _ask_all(backend: Backend, requests: Sequence[Request], journal: Path) -> list[progress.Line]:
+    backend.workers[:] = [worker for worker in backend.workers if worker.name == "model"]  # no pages are read
+    size, engine = backend.cfg.queue, backend.language_engine()
+    batches = [range(len(requests))[i : i + size] for i in range(0, len(requests), size)]
+
+    async def ask(batch: Sequence[int]) -> list[progress.Line]:
+        for worker in backend.workers:
+            if worker.state == "new":
+                worker.start()
+        await backend.wait_ready()
+        return await asyncio.gather(*(_ask(engine, requests[i]) for i in batch))
+
+    with asyncio.Runner() as runner:
+        try:
+            return progress.run_batches(
+                journal, batches, lambda batch: runner.run(ask(batch)), title="impressions"
+            )
+        finally:
+            runner.run(backend.close())
+
+
+async def _ask(engine: Engine, request: Request) -> progress.Line:
+    """An answer. An engine that fails is asked again after a while; one that says nothing once, less greedily."""
+    for attempt in itertools.count():
+        text, end = "", None
+        try:
+            async for item in engine.stream(request):
+                if isinstance(item, Piece):
+                    text += item.text
+                else:
+                    end = item
+        except Refused as e:
+            if e.status not in (429, 500, 502, 503, 504) or attempt + 1 >= _TRIES:
+                raise ValueError(
+                    f"impressions: {request.id} of the table: {e}; the same command goes on from what was answered"
+                ) from None
+            await asyncio.sleep(max(e.retry_after, _BACKOFF_S * 2**attempt))
+            continue
+        assert end is not None
+        is_cut = end.reason == "length"
+        if request.temperature or impressions.clean_answer(text, is_cut)[0]:
+            return {"text": text, "is_cut": is_cut, "model": end.model}
+        request = evolve(request, temperature=0.5)
+    raise AssertionError
