@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import os
 import shutil
 import socket
@@ -18,6 +19,9 @@ import pytest
 import torch
 from tokenizers import processors
 
+from medvl.base import files
+from medvl.commands import impressions
+from medvl.ct.impressions import make_prompts, read_table
 from medvl.hub import skeletons, tokens
 from medvl.language.encoding import encode_prompt, end_ids
 from medvl.language.generate import generate
@@ -209,6 +213,28 @@ def test_settings_that_it_does_not_know_are_told(url, language):
     messages = ({"role": "user", "content": "The heart"},)
     with pytest.raises(Refused, match="does not know top_k"):
         ask(url, messages=messages, adapter=str(language[0]), temperature=1.0, top_k=3)
+
+
+def test_it_writes_the_impressions_that_reports_lack(url, language, tmp_path):
+    """One answer for both reconstructions of a scan: what it says to the prompt when it is asked by itself."""
+    columns = ("VolumeName", "Findings_EN", "Impressions_EN")
+    scans = [(f"p_{i}_a_{k}.nii.gz", QUESTIONS[i], "") for i in range(3) for k in (1, 2)]
+    shots = [(f"train_{i}_a_1.nii.gz", QUESTIONS[i], QUESTIONS[i - 1]) for i in range(4)]
+    paths = [str(tmp_path / name) for name in ("r.csv", "train.csv", "done.csv")]
+    for path, rows in zip(paths, (scans, shots), strict=False):
+        files.write_csv(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)
+    options = {"engine": url, "model": str(language[0]), "shots": 2, "max_tokens": 24}
+    impressions.fill_impressions(*paths, **options)
+    (journal,) = tmp_path.glob("done.*.answers.jsonl")
+    prompts = make_prompts(read_table(paths[0]), read_table(paths[1]), 2, 0)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(lines) == 3
+    for line, prompt in zip(lines, prompts[::2], strict=True):
+        messages = ({"role": "user", "content": prompt},)
+        pieces, end = ask(url, messages=messages, adapter=str(language[0]), max_tokens=24)
+        assert (line["text"], line["is_cut"]) == ("".join(pieces), end.reason == "length")
+    written = [row["Impressions_EN"] for row in files.read_csv(paths[2])]
+    assert written[::2] == written[1::2]
 
 
 @contextmanager
