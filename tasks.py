@@ -672,6 +672,27 @@ def classify(c, run, scan, finding=None, metadata="", set_=None):
 @task(
     positional=[],
     help={
+        "source": "folder, CSV or file of CT scans, as of `preprocess`",
+        "out": "folder for audit.csv and report.html",
+        "metadata": "CSV of metadata by VolumeName",
+        "reports": "CSV of reports by VolumeName",
+        "labels": "CSV of labels by VolumeName",
+        "no_chest": "text file of volumes that show no chest, one a line",
+        "workers": "processes",
+    },
+)
+def audit(c, source, out, metadata="", reports="", labels="", no_chest="", workers="1"):
+    """Read the headers of CT scans: what they are, what `preprocess` would refuse and why, and its settings."""
+    _needs(source=source, out=out)
+    from medvl.commands import ct
+
+    num_workers = _whole("workers", workers, 1, 1024)
+    _call(ct.audit_tree, source, out, metadata, reports, labels, no_chest, num_workers)
+
+
+@task(
+    positional=[],
+    help={
         "labels": "CSV of labels by VolumeName",
         "out": "folder for {part}_*.csv",
         "rule": "balanced keeps the prevalence of every finding; reference is the rule of "

@@ -1,20 +1,22 @@
-"""`invoke preprocess`, `split`, `embed` and `classify`: scans into a store, tables cut by patient, one scan
-looked at.
+"""`invoke audit`, `preprocess`, `split`, `embed` and `classify`: scans checked and brought into a store, tables
+cut by patient, one scan looked at.
 """
 
 import json
 import logging
 import math
 import re
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medvl.base import config, files, store
-from medvl.ct import ingest, names, preprocess, reports
+from medvl.ct import audit, ingest, metadata_table, names, preprocess, reports
 from medvl.evaluation import report, results
 from medvl.systems import ct_clip, run
 from medvl.systems.ct_clip.look import look_at_scan
@@ -82,6 +84,70 @@ def _write_sheet(store_path: str, sheet: str) -> None:
     if chosen:
         ingest.contact_sheet(volumes, sheet, chosen)
         print(f"contact sheet of {len(chosen)} volumes: {sheet}")
+
+
+# Before preprocessing ---------------------------------------------------------------------------------------
+def audit_tree(
+    source: str, folder: str, metadata: str, reports_csv: str, labels: str, no_chest: str, workers: int
+) -> None:
+    """Write `audit.csv`, a row for each scan, and `report.html`, which tells scans by their row in it; print
+    how to preprocess them.
+    """
+    files.check_writable(folder, folder=True)
+    paths = ingest.list_scans(source)
+    rows_of_metadata: dict[str, dict[str, str]] = {}
+    listed: dict[str, Collection[str]] = {}
+    if metadata:
+        rows_of_metadata = metadata_table.read_metadata(metadata, map(names.volume_name, paths))
+        listed["metadata"] = rows_of_metadata.keys()
+    if reports_csv:
+        texts = reports.read_reports(reports_csv, "both", "empty")
+        listed["report"] = {name for name, text in texts.items() if text}
+    if labels:
+        listed["labels"] = set(reports.read_labels(labels)[0])
+    if no_chest:
+        listed["no_chest"] = set(names.read_list(no_chest))
+    rows = audit.audit_scans(paths, rows_of_metadata, listed, workers)
+    advice = _advise(source, paths, rows, metadata, no_chest)
+    refused = results.Result(what="refused", value=sum(bool(row["refused"]) for row in rows), n=len(rows))
+    files.write_csv(Path(folder) / "audit.csv", rows, audit.COLUMNS)
+    page = report.write_report(folder, "Audit of scans", [refused], {}, [advice], _audit_tables(rows))
+    print(f"{refused.value} of {len(rows)} scans would be refused: {page}\n{advice}")
+
+
+def _advise(
+    source: str, paths: Sequence[Path], rows: Sequence[dict[str, str]], metadata: str, no_chest: str
+) -> str:
+    """The command that preprocesses the scans, or why none does."""
+    try:
+        audit.check_one_release(source, paths)
+    except ValueError as e:
+        return str(e)
+    command = ["invoke", "preprocess", "--source", source, "--out", "volumes.h5"]
+    headers = Counter(row["header"] for row in rows)
+    if headers["blank"] > headers["placed"]:
+        metadata = metadata or "METADATA.csv"
+        command += ["--set", "spacing_from=metadata", "--set", "hu=metadata"]
+    if metadata:
+        command += ["--metadata", metadata]
+    if no_chest:
+        command += ["--exclude", no_chest]
+    return shlex.join(command)
+
+
+def _audit_tables(rows: Sequence[dict[str, str]]) -> list[report.Captioned]:
+    """How many scans have each value of a column, spacings rounded; the faults."""
+    lines = []
+    for column in ("release", "header", "dtype", "hu", "metadata", "report", "labels", "no_chest"):
+        counts = Counter(row[column] or "unknown" for row in rows)
+        lines += [(column, *item) for item in sorted(counts.items())]
+    for axis in range(3):
+        lengths = [row["spacing_mm"].split(" x ")[axis] for row in rows if row["spacing_mm"]]
+        counts = Counter(f"{float(mm):.1f} mm" for mm in lengths)
+        lines += [(f"spacing along {'xyz'[axis]}", *item) for item in sorted(counts.items())]
+    faults = [(number, row["faults"]) for number, row in enumerate(rows, 2) if row["faults"]]
+    columns = ("Column", "Value", "Scans")
+    return [("Scans", columns, lines), ("Faults by row of audit.csv", ("Row", "Faults"), faults)]
 
 
 # One scan ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 `scans` reads NIfTI files, `metadata_table` their metadata, `hounsfield` finds the scale to HU, `grids`
 resamples, and `preprocess` puts these together: one scan becomes one volume. `ingest` does so for a folder,
-into a store, whose rows `volumes` describes. `names` reads patients and scans from file names, `reports`
-reads texts and labels and splits patients, `pairs` joins volumes with reports, `impressions` asks
-a language model for those that reports lack, and `zero_shot` scores findings from embeddings.
+into a store, whose rows `volumes` describes, and `audit` tells before that what would be refused. `names`
+reads patients and scans from file names, `reports` reads texts and labels and splits patients, `pairs` joins
+volumes with reports, `impressions` asks a language model for those that reports lack, and `zero_shot` scores
+findings from embeddings.
 """

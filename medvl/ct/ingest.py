@@ -21,7 +21,7 @@ from medvl.base.display import track
 from medvl.base.files import PathLike
 from medvl.base.store import Store
 from medvl.base.workers import worker_pool
-from medvl.ct import metadata_table, names, preprocess, scans
+from medvl.ct import audit, metadata_table, names, preprocess, scans
 from medvl.ct.preprocess import CtConfig, Volume
 from medvl.ct.scans import ScanError
 from medvl.ct.volumes import check_sources, keeps_sources, read_volume, reserve_volumes, write_volume
@@ -70,12 +70,14 @@ def preprocess_folder(
             "__main__":`; a scan whose worker dies (out of memory) is then rejected and the run goes on.
         exclude_txt: a list of volumes to leave out, see `names.read_list`.
     Raises:
-        ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, scans
+        ValueError: no scans, two scans of one name, both releases of CT-RATE, an unusable CSV, a store made with other settings, scans
             that are other files than those that were written, or another run at work on it.
     """
     store_path = Path(store_path)
     _refuse_overwrite(store_path, source, metadata_csv, exclude_txt)
-    paths = find_scans(source)
+    listed = list_scans(source)
+    audit.check_one_release(source, listed)
+    paths = _by_name(source, listed)
     if exclude_txt:
         paths = _leave_out(paths, exclude_txt)
     rows = None
@@ -150,6 +152,11 @@ def find_scans(source: PathLike) -> dict[str, Path]:
     Raises:
         ValueError: no scans, or two of one name.
     """
+    return _by_name(source, list_scans(source))
+
+
+def list_scans(source: PathLike) -> list[Path]:
+    """The sorted paths of the scans in a folder, a CSV or one scan, which may share names."""
     source = Path(source)
     if source.is_dir():
         scan_paths = _scans_below(source)
@@ -164,8 +171,12 @@ def find_scans(source: PathLike) -> dict[str, Path]:
                 f"{source}: must have a column 'path' or 'VolumeName', found {', '.join(map(repr, rows[0]))}"
             )
         scan_paths = [source.parent / row[column] for row in rows]
+    return sorted(scan_paths)
+
+
+def _by_name(source: PathLike, scan_paths: Iterable[Path]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
-    for path in sorted(scan_paths):
+    for path in scan_paths:
         # Such a name could not be written into the store or the table of rejected scans.
         files.check_text_name(path)
         name = names.volume_name(path)

@@ -146,6 +146,22 @@ def preprocess_scan(
     return volume
 
 
+def examine_scan(
+    header: scans.Header, slices: Iterator[np.ndarray], metadata: Mapping[str, str] | None
+) -> tuple[tuple[float, ...], Scale]:
+    """The spacing of a scan, by the metadata where its header is blank, and its scale under hu="auto" by its
+    first slices; ScanError for what `preprocess_scan` refuses.
+    """
+    cfg = CtConfig(spacing_from="header" if header.placed else "metadata")
+    _refuse_header(header, metadata)
+    _orientation(header, metadata)
+    spacing = _spacing(cfg, header, metadata)
+    sample: list[np.ndarray] = []
+    slices = _sample_slices(_check_finite(header, slices), sample)
+    scale, _ = _first_scale(cfg, header, slices, sample, metadata)
+    return spacing, scale
+
+
 def to_hu(voxels: Any) -> Any:
     """HU, float32, of stored uint8 or int16 voxels: array or tensor, any shape. uint8 0 is -1000 HU, 255 is
     1000 HU.
