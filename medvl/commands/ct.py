@@ -94,33 +94,34 @@ def audit_tree(
     how to preprocess them.
     """
     files.check_writable(folder, folder=True)
-    paths = ingest.list_scans(source)
+    listed = ingest.list_scans(source)
     rows_of_metadata: dict[str, dict[str, str]] = {}
-    listed: dict[str, Collection[str]] = {}
+    named: dict[str, Collection[str]] = {}
     if metadata:
-        rows_of_metadata = metadata_table.read_metadata(metadata, map(names.volume_name, paths))
-        listed["metadata"] = rows_of_metadata.keys()
+        rows_of_metadata = metadata_table.read_metadata(metadata, [name for name, _ in listed])
+        named["metadata"] = rows_of_metadata.keys()
     if reports_csv:
         texts = reports.read_reports(reports_csv, "both", "empty")
-        listed["report"] = {name for name, text in texts.items() if text}
+        named["report"] = {name for name, text in texts.items() if text}
     if labels:
-        listed["labels"] = set(reports.read_labels(labels)[0])
+        named["labels"] = set(reports.read_labels(labels)[0])
     if no_chest:
-        listed["no_chest"] = set(names.read_list(no_chest))
-    rows = audit.audit_scans(paths, rows_of_metadata, listed, workers)
-    advice = _advise(source, paths, rows, metadata, no_chest)
+        named["no_chest"] = set(names.read_list(no_chest))
+    rows = audit.audit_scans(listed, rows_of_metadata, named, workers)
+    advice = [_advise(source, rows, metadata, no_chest)]
+    for table, members in named.items():
+        absent = {*members}.difference(row["name"] for row in rows)
+        advice.append(f"{len(absent)} of {len(members)} volumes of {table} are not among the scans.")
     refused = results.Result(what="refused", value=sum(bool(row["refused"]) for row in rows), n=len(rows))
     files.write_csv(Path(folder) / "audit.csv", rows, audit.COLUMNS)
-    page = report.write_report(folder, "Audit of scans", [refused], {}, [advice], _audit_tables(rows))
-    print(f"{refused.value} of {len(rows)} scans would be refused: {page}\n{advice}")
+    page = report.write_report(folder, "Audit of scans", [refused], {}, advice, _audit_tables(rows))
+    print(f"{refused.value} of {len(rows)} scans would be refused: {page}", *advice, sep="\n")
 
 
-def _advise(
-    source: str, paths: Sequence[Path], rows: Sequence[dict[str, str]], metadata: str, no_chest: str
-) -> str:
+def _advise(source: str, rows: Sequence[dict[str, str]], metadata: str, no_chest: str) -> str:
     """The command that preprocesses the scans, or why none does."""
     try:
-        audit.check_one_release(source, paths)
+        audit.check_one_release(source, [Path(row["path"]) for row in rows])
     except ValueError as e:
         return str(e)
     command = ["invoke", "preprocess", "--source", source, "--out", "volumes.h5"]
@@ -143,8 +144,8 @@ def _audit_tables(rows: Sequence[dict[str, str]]) -> list[report.Captioned]:
         lines += [(column, *item) for item in sorted(counts.items())]
     for axis in range(3):
         lengths = [row["spacing_mm"].split(" x ")[axis] for row in rows if row["spacing_mm"]]
-        counts = Counter(f"{float(mm):.1f} mm" for mm in lengths)
-        lines += [(f"spacing along {'xyz'[axis]}", *item) for item in sorted(counts.items())]
+        rounded = Counter(round(float(mm), 1) for mm in lengths)
+        lines += [(f"spacing along {'xyz'[axis]}", f"{mm} mm", n) for mm, n in sorted(rounded.items())]
     faults = [(number, row["faults"]) for number, row in enumerate(rows, 2) if row["faults"]]
     columns = ("Column", "Value", "Scans")
     return [("Scans", columns, lines), ("Faults by row of audit.csv", ("Row", "Faults"), faults)]

@@ -49,29 +49,30 @@ def check_one_release(source: object, paths: Sequence[Path]) -> None:
 
 
 def audit_scans(
-    paths: Sequence[Path],
+    listed: Sequence[tuple[str, Path]],
     metadata: Mapping[str, Mapping[str, str]],
-    listed: Mapping[str, Collection[str]],
+    named: Mapping[str, Collection[str]],
     workers: int = 1,
 ) -> list[dict[str, str]]:
     """A row of `COLUMNS` for each scan; only the start and the last bytes of each file are read.
 
     Args:
+        listed: (name, path) of scans, see `ingest.list_scans`.
         metadata: {volume name: row of the metadata table}.
-        listed: the volumes in the tables "metadata", "report" and "labels" and in the list "no_chest", for
+        named: the volumes in the tables "metadata", "report" and "labels" and in the list "no_chest", for
             those that are there.
     Returns:
-        rows in the order of the paths. "refused" is why `preprocess_scan` would refuse a scan, "faults" that
+        rows in the order of the scans. "refused" is why `preprocess_scan` would refuse a scan, "faults" that
         and all else that needs a look; rows are counted as in a CSV, from 2.
     """
-    jobs = [(path, metadata.get(names.volume_name(path))) for path in paths]
+    jobs = [(name, path, metadata.get(name)) for name, path in listed]
     with worker_pool(workers) as pool:
         rows = [*track(pool.map(_examine, jobs, chunksize=16), "headers", len(jobs))]
     headers = [row["header"] for row in rows if row["release"]]
     usual_header = max(("blank", "placed"), key=headers.count)
     first: dict[str, int] = {}
     for number, row in enumerate(rows, 2):
-        for column, members in listed.items():
+        for column, members in named.items():
             row[column] = "yes" if row["name"] in members else "no"
         if row["metadata"] == "no":
             row["refused"] = "the metadata table has no row for it"
@@ -89,10 +90,9 @@ def audit_scans(
     return rows
 
 
-def _examine(job: tuple[Path, Mapping[str, str] | None]) -> dict[str, str]:
+def _examine(job: tuple[str, Path, Mapping[str, str] | None]) -> dict[str, str]:
     """What the file of a scan says, and a digest of its first slice."""
-    path, metadata = job
-    name = names.volume_name(path)
+    name, path, metadata = job
     row = dict.fromkeys((*COLUMNS, "digest"), "")
     row |= {"name": name, "path": str(path), "patient": names.patient_of(name), "release": _release(path)}
     try:
@@ -120,6 +120,8 @@ def _is_cut(path: Path, need: int) -> bool:
     """Whether a gzip file ends in another size (of what it holds, modulo 2 ** 32) than a header and `need`
     bytes of voxels.
     """
+    if not path.is_file():
+        return False  # a series of DICOM
     with open(path, "rb") as f:
         zipped = f.read(2) == b"\x1f\x8b"
         f.seek(-4, io.SEEK_END)

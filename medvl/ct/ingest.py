@@ -76,7 +76,7 @@ def preprocess_folder(
     store_path = Path(store_path)
     _refuse_overwrite(store_path, source, metadata_csv, exclude_txt)
     listed = list_scans(source)
-    audit.check_one_release(source, listed)
+    audit.check_one_release(source, [path for _, path in listed])
     paths = _by_name(source, listed)
     if exclude_txt:
         paths = _leave_out(paths, exclude_txt)
@@ -155,8 +155,8 @@ def find_scans(source: PathLike) -> dict[str, Path]:
     return _by_name(source, list_scans(source))
 
 
-def list_scans(source: PathLike) -> list[Path]:
-    """The sorted paths of the scans in a folder, a CSV or one scan, which may share names."""
+def list_scans(source: PathLike) -> list[tuple[str, Path]]:
+    """(volume name, path) of the scans in a folder, a CSV or one scan, sorted by path; names may be shared."""
     source = Path(source)
     if source.is_dir():
         scan_paths = _scans_below(source)
@@ -171,15 +171,14 @@ def list_scans(source: PathLike) -> list[Path]:
                 f"{source}: must have a column 'path' or 'VolumeName', found {', '.join(map(repr, rows[0]))}"
             )
         scan_paths = [source.parent / row[column] for row in rows]
-    return sorted(scan_paths)
+    return [(names.volume_name(path), path) for path in sorted(scan_paths)]
 
 
-def _by_name(source: PathLike, scan_paths: Iterable[Path]) -> dict[str, Path]:
+def _by_name(source: PathLike, listed: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
-    for path in scan_paths:
+    for name, path in listed:
         # Such a name could not be written into the store or the table of rejected scans.
         files.check_text_name(path)
-        name = names.volume_name(path)
         if name in paths:
             raise ValueError(f"{source}: two scans are called {name!r}: {paths[name]} and {path}; rename one")
         paths[name] = path
