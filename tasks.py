@@ -143,13 +143,18 @@ def train(c, exp, set_=None):
 
 @task(
     iterable=["set_"],
-    help=SET | {"variant": "of a language model: base, nf4, int4, merged, or lora (the run itself)"},
+    help=SET
+    | {
+        "variant": "of a language model: base, nf4, int4, merged, or lora (the run itself)",
+        "protocol": "of ct_clip, short for --set evaluate.protocol=...: ctrate18, ctrate16, radchest16 or ctclip",
+    },
 )
-def evaluate(c, exp, set_=None, variant=""):
+def evaluate(c, exp, set_=None, variant="", protocol=""):
     """Evaluate a trained experiment again, or a variant of its model."""
     from medvl.systems import run
 
-    _call(run.evaluate, exp, set_ or (), variant=variant)
+    settings = [*(set_ or ()), *([f'evaluate.protocol="{protocol}"'] if protocol else [])]
+    _call(run.evaluate, exp, settings, variant=variant)
 
 
 @task(iterable=["set_"], help=SET | {"sample": "which training conversation, from 0"})

@@ -5,5 +5,6 @@ resamples, and `preprocess` puts these together: one scan becomes one volume. `i
 into a store, whose rows `volumes` describes, and `audit` tells before that what would be refused. `names`
 reads patients and scans from file names, `reports` reads texts and labels and splits patients, `pairs` joins
 volumes with reports, `impressions` asks a language model for those that reports lack, and `zero_shot` scores
-findings from embeddings.
+findings from embeddings. `protocols` says which findings are scored under a published name, `retrieval` scores
+the search among volumes and reports, and `radchest` reads the scans of RAD-ChestCT.
 """

@@ -63,7 +63,7 @@ def preprocess_folder(
     listed in `rejected_csv(store_path)` at the end of a run, and the next run tries them again.
 
     Args:
-        source: a folder, searched with all its subfolders for `.nii` and `.nii.gz`, one such file, or a CSV
+        source: a folder, searched with all its subfolders for `scans.SUFFIXES`, one such file, or a CSV
             with a column `path` (or `VolumeName`), relative to the CSV.
         metadata_csv: table with a column `VolumeName`; a scan without a row in it is rejected.
         workers: 1 works in this process. More are fresh processes, so a script needs `if __name__ ==
@@ -160,7 +160,7 @@ def list_scans(source: PathLike) -> list[tuple[str, Path]]:
     source = Path(source)
     if source.is_dir():
         scan_paths = _scans_below(source)
-    elif source.name.lower().endswith((".nii", ".nii.gz")):
+    elif source.name.lower().endswith(scans.SUFFIXES):
         scan_paths = [source]
     else:
         rows = files.read_csv(source)
@@ -187,7 +187,7 @@ def _by_name(source: PathLike, listed: Iterable[tuple[str, Path]]) -> dict[str, 
 
 def _scans_below(folder: Path) -> list[Path]:
     all_files = files.files_below(folder)
-    nifti = [path for path in all_files if path.name.lower().endswith((".nii", ".nii.gz"))]
+    nifti = [path for path in all_files if path.name.lower().endswith(scans.SUFFIXES)]
     dicom = []
     for path in all_files:
         # Without NIfTI files every file is opened, to say whether they are DICOM under other names.
@@ -195,7 +195,7 @@ def _scans_below(folder: Path) -> list[Path]:
             dicom.append(path)
     if not nifti:
         hint = f", but {len(dicom)} files of DICOM; {scans.FROM_DICOM}" if dicom else ""
-        raise ValueError(f"{folder}: holds no .nii or .nii.gz file{hint}")
+        raise ValueError(f"{folder}: holds no {', '.join(scans.SUFFIXES)} file{hint}")
     if dicom:
         log.warning("%s: %d files of DICOM are left out; %s", folder, len(dicom), scans.FROM_DICOM)
     return nifti

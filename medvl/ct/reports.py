@@ -142,6 +142,14 @@ def read_labels(
             f"{path}: needs one or more label columns, each once, got "
             f"{', '.join(columns) or 'only VolumeName'}"
         )
+    volumes, labels = parse_labels(path, rows, columns)
+    return volumes, columns, labels
+
+
+def parse_labels(
+    path: files.PathLike, rows: list[dict[str, str]], columns: Sequence[str]
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Volume names and the labels in these columns, from the rows of a table."""
     # Cell by cell, so that the message can name the wrong one.
     labels = np.empty((len(rows), len(columns)), dtype=np.int8)
     for i, row in enumerate(rows):
@@ -152,7 +160,7 @@ def read_labels(
                     f"{path}: labels must be 0 or 1, found {value!r} in column {column!r}, row {i + 2}"
                 )
             labels[i, j] = _BINARY[value]
-    return check_volumes(path, rows), columns, labels
+    return check_volumes(path, rows), labels
 
 
 def prompts_for(finding: str, prompts: str = "ensemble") -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Read NIfTI scans: the stored voxels in file order, the affine and the scale. No float copy, no
+"""Read NIfTI scans, and those of RAD-ChestCT: the stored voxels in file order, the affine and the scale. No float copy, no
 reorientation, no guess.
 
 x y z are the voxel axes as the file stores them; a `.gz` is told by its first bytes, not by its name.
@@ -24,8 +24,9 @@ from nibabel.spatialimages import HeaderDataError
 
 from medvl.base import files
 from medvl.base.files import PathLike
-from medvl.ct import names
+from medvl.ct import names, radchest
 
+SUFFIXES = (".nii", ".nii.gz", ".npz")  # of scans, .npz of RAD-ChestCT
 _QUIET = logging.Logger("quiet")  # nibabel logs what it also raises
 _QUIET.addHandler(logging.NullHandler())
 
@@ -65,11 +66,11 @@ class Header:
     dtype: np.dtype  # as stored, native byte order
     affine: np.ndarray  # [4, 4] float64, voxel index -> mm in RAS+ (right, anterior, superior)
     spacing_mm: tuple[float, float, float]  # x y z, the lengths of the affine's columns
-    slope: float
-    intercept: float
-    scaled: bool
+    slope: float = 1.0
+    intercept: float = 0.0
+    scaled: bool = False
     placed: bool
-    doubt: str
+    doubt: str = ""
 
 
 @frozen(kw_only=True, eq=False)
@@ -119,8 +120,29 @@ def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
     except OSError as e:
         raise _read_error(path, e) from e
     with f:
-        header, layout, chunks = _read_start(f, path)
-        yield header, _iter_slices(header, layout, chunks, path)
+        if path.suffix.lower() == ".npz":
+            yield _open_npz(f, path)
+        else:
+            header, layout, chunks = _read_start(f, path)
+            yield header, _iter_slices(header, layout, chunks, path)
+
+
+def _open_npz(f: Any, path: Path) -> tuple[Header, Iterator[np.ndarray]]:
+    """A scan of RAD-ChestCT, as `open_scan`."""
+    try:
+        voxels = radchest.read_npz(f)
+    except ValueError as e:
+        raise ScanError(f"{path}: {e}") from e
+    z, y, x = voxels.shape
+    header = Header(
+        name=names.volume_name(path),
+        shape=(x, y, z),
+        dtype=voxels.dtype,
+        affine=np.diag([-radchest.SPACING_MM] * 3 + [1.0]),  # to left, posterior, inferior
+        spacing_mm=(radchest.SPACING_MM,) * 3,
+        placed=True,
+    )
+    return header, (plane.T for plane in voxels)
 
 
 def stack_slices(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:

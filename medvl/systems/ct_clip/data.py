@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from medvl.base import config, processes, store
-from medvl.ct import ingest, names, pairs, preprocess, reports
+from medvl.ct import ingest, names, pairs, preprocess, protocols, reports
 from medvl.hub import tokens
 from medvl.phantoms import chests
 from medvl.systems.ct_clip.model import Model
@@ -46,6 +46,8 @@ def data_folder(cfg: Config) -> Path:
 
 def data_path(cfg: Config, kind: Kind, split: str) -> Path:
     """Where a split's file is; `{ct}` in the record stands for the digest of the CT settings."""
+    if cfg.data.test and split == "test":
+        return Path(cfg.data.test, "test.h5" if kind == "store" else f"test_{kind}.csv")
     pattern, setting = getattr(cfg.data, kind), f"data.{kind}"
     # A split may have a store of its own.
     if kind == "store" and split in cfg.data.stores:
@@ -104,7 +106,10 @@ def label_volumes(cfg: Config, split: str, volumes: store.Store) -> LabelledVolu
         ValueError: as `reports.read_labels`; no volume has labels.
     """
     table = data_path(cfg, "labels", split)
-    listed, findings, labels = reports.read_labels(table, cfg.evaluate.findings, cfg.data.patient_column)
+    if cfg.evaluate.protocol:
+        listed, findings, labels = protocols.read_labels(table, cfg.evaluate.protocol)
+    else:
+        listed, findings, labels = reports.read_labels(table, cfg.evaluate.findings, cfg.data.patient_column)
     # Volumes in the order of the table, not of the store: it is the order of all scores that are written.
     stored = set(volumes.names)
     rows = [i for i, name in enumerate(listed) if name in stored]
@@ -118,6 +123,10 @@ def label_volumes(cfg: Config, split: str, volumes: store.Store) -> LabelledVolu
             len(listed) - len(rows),
             len(stored) - len(rows),
         )
+    if cfg.evaluate.exclude:
+        excluded = set(names.read_list(cfg.evaluate.exclude))
+        rows = [i for i in rows if listed[i] not in excluded]
+        _log.warning("%s: %d volumes are left without those of %s", split, len(rows), cfg.evaluate.exclude)
     return LabelledVolumes(names=tuple(listed[i] for i in rows), findings=findings, labels=labels[rows])
 
 

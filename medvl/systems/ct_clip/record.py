@@ -35,6 +35,9 @@ class DataConfig:
     reports: str = "{folder}/{split}_reports.csv"
     labels: str = "{folder}/{split}_labels.csv"
     metadata: str = "{folder}/{split}_metadata.csv"
+    # Folder of another test set: test.h5, test_labels.csv and, where there are any, test_reports.csv and
+    # test_metadata.csv. It is for evaluation.
+    test: str = ""
     # Whose a volume is, where names are not CT-RATE's: a column of labels or metadata, or a regular
     # expression as "(P[0-9]+)_".
     patient_column: str = ""
@@ -66,6 +69,7 @@ class DataConfig:
             self,
             "data",
             folder=(),
+            test=(),
             cache=(),
             store=_PER_SPLIT,
             reports=_PER_SPLIT,
@@ -141,6 +145,11 @@ class EvaluateConfig:
     """Zero-shot findings on the test split, thresholds from the validation split."""
 
     findings: tuple[str, ...] = ()  # () = all columns of the label table
+    # The findings of published results, see `medvl.ct.protocols`; "ctclip" adds CT-CLIP's own metrics.
+    protocol: Literal["", "ctrate18", "ctrate16", "radchest16", "ctclip"] = ""
+    # "scan" has one score for all reconstructions of a scan, the mean of theirs.
+    level: Literal["volume", "scan"] = "volume"
+    exclude: str = ""  # text file of volumes that are not scored, one a line
     prompts: Literal["reference", "ctclip", "ensemble"] = "ensemble"
     rule: Literal["youden", "f1", "corner"] = "youden"
     # Of the probabilities, on the validation split: a scale and a bias for each finding, or one temperature.
@@ -153,6 +162,8 @@ class EvaluateConfig:
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "evaluate", bootstrap=config.DRAWS, batch=(1, 2**20))
+        if self.protocol and self.findings:
+            raise ValueError("evaluate: give findings or a protocol, which has its own, not both")
 
 
 # What a table `train` leaves out. The optimiser's numbers are CLIP's; the batch is what the loss contrasts.

@@ -3,19 +3,20 @@ the report of a run.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from medvl.base import config, files, processes, store
 from medvl.base.display import track
 from medvl.base.tree import Tree
-from medvl.ct import ingest, names, pairs, reports, zero_shot
+from medvl.ct import ingest, names, pairs, protocols, reports, retrieval, zero_shot
 from medvl.evaluation import calibration, metrics, plots, report
 from medvl.evaluation.results import Result
 from medvl.hub import tokens
@@ -24,6 +25,7 @@ from medvl.systems.ct_clip.model import Model
 from medvl.training import gradients
 from medvl.training.order import prefetch
 
+_log = logging.getLogger("medvl")
 _TEXTS = 64  # texts that are embedded at a time
 _SHOWN = 9  # volumes of the report's contact sheet
 
@@ -93,23 +95,30 @@ def place_texts(ct_clip: Model, params: Tree, texts: Sequence[str]) -> Tensor:
 def finding_probabilities(
     ct_clip: Model, params: Tree, embeddings: Tensor, findings: Sequence[str]
 ) -> Tensor:
-    """Zero-shot probability [n, c] of each finding for volumes in the common space [n, d]."""
+    """Zero-shot probability [n, c] of each finding for volumes in the common space [n, d].
+
+    That of a finding which the protocol merges from others is the highest of theirs.
+    """
+    merged = protocols.PROTOCOLS[ct_clip.cfg.evaluate.protocol]
+    parts = {finding: merged.get(finding, (finding,)) for finding in findings}
+    asked = list(dict.fromkeys(sum(parts.values(), ())))
     present: list[str] = []
     absent: list[str] = []
-    for finding in findings:
+    for finding in asked:
         sentences, negations = reports.prompts_for(finding, ct_clip.cfg.evaluate.prompts)
         present += sentences
         absent += negations
     # All prompts of all findings are embedded as one list [c * k], and become [c, k, d].
-    prompts_of_finding = (len(findings), -1)
+    prompts_of_finding = (len(asked), -1)
     positive = place_texts(ct_clip, params, present).unflatten(0, prompts_of_finding)
     negative = place_texts(ct_clip, params, absent).unflatten(0, prompts_of_finding)
     scale = params["contrast"]["log_scale"].exp().cpu()
-    return zero_shot.zero_shot(embeddings, positive, negative, scale)
+    probabilities = zero_shot.zero_shot(embeddings, positive, negative, scale)
+    return torch.from_numpy(protocols.merge_parts(parts, asked, probabilities.numpy()))
 
 
 def score_split(ct_clip: Model, params: Tree, split: str, volumes: store.Store | None = None) -> SplitScores:
-    """Scores of a split's labelled volumes.
+    """Scores of a split's labelled volumes, or of their scans where `evaluate.level` says so.
 
     Args:
         volumes: their slice features, where these were computed before; None reads the split's store.
@@ -119,12 +128,34 @@ def score_split(ct_clip: Model, params: Tree, split: str, volumes: store.Store |
     labelled = data.label_volumes(ct_clip.cfg, split, volumes)
     embeddings = place_volumes(ct_clip, params, volumes, labelled.names)
     scores = finding_probabilities(ct_clip, params, embeddings, labelled.findings)
-    return SplitScores(
+    result = SplitScores(
         names=labelled.names,
         findings=labelled.findings,
         labels=labelled.labels,
         scores=scores.numpy(),
         embeddings=embeddings,
+    )
+    return _mean_over_scans(result) if ct_clip.cfg.evaluate.level == "scan" else result
+
+
+def _mean_over_scans(split: SplitScores) -> SplitScores:
+    """One row for each scan, under the name of its first reconstruction, which all have its labels."""
+    codes, _ = metrics.group_codes([names.scan_of(name) for name in split.names])
+    _, first, sizes = np.unique(codes, return_index=True, return_counts=True)
+    differing = int((split.labels != split.labels[first][codes]).any(1).sum())
+    if differing:
+        raise ValueError(
+            "evaluate.level: reconstructions of a scan must have the same labels, "
+            f"{differing} of {len(codes)} volumes have others; 'volume' scores each"
+        )
+    share = np.eye(len(first))[codes] / sizes  # [n, scans]
+    embeddings = torch.from_numpy(share.T).float() @ split.embeddings
+    return evolve(
+        split,
+        names=tuple(split.names[i] for i in first),
+        labels=split.labels[first],
+        scores=share.T @ split.scores,
+        embeddings=torch.nn.functional.normalize(embeddings, dim=1),
     )
 
 
@@ -149,19 +180,17 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     kind = cfg.evaluate.calibration
     fitted = calibration.fit_calibration(kind, valid.scores, valid.labels, valid.findings)
     calibrated = calibration.calibrate(fitted, test.scores, test.findings)
-    rows = zero_shot.evaluate_findings(
-        test.scores,
-        test.labels,
-        test.names,
-        test.findings,
-        thresholds,
-        experiment=experiment,
-        split="test",
-        n_bootstrap=cfg.evaluate.bootstrap,
-        seed=cfg.seed,
-        patients=data.patients_of(cfg, "test", test.names),
-        calibrated=calibrated,
-    )
+    scored = (test.scores, test.labels, test.names, test.findings)
+    options: dict[str, Any] = {
+        "experiment": experiment,
+        "split": "test",
+        "n_bootstrap": cfg.evaluate.bootstrap,
+        "seed": cfg.seed,
+        "patients": data.patients_of(cfg, "test", test.names),
+    }
+    rows = zero_shot.evaluate_findings(*scored, thresholds, **options, calibrated=calibrated)
+    if cfg.evaluate.protocol == "ctclip":
+        rows += protocols.evaluate_ctclip(*scored, **options)
     rows += _retrieval(ct_clip, params, test, experiment)
     _write_scores(folder / "scores_valid.csv", valid)
     _write_scores(folder / "scores_test.csv", test)
@@ -180,12 +209,19 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
         **plots.training_curves(folder.parent / last_stage / "metrics.jsonl"),
         "Middle slices of nine test volumes as the model sees them": sheet,
     }
-    notes = (
+    notes = [
         f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the "
-        f"validation split ({len(valid.names)} volumes). Labels were not trained on; validation labels chose "
-        f"checkpoint, thresholds and calibration ({kind}). Scores and thresholds are zero-shot probabilities; "
-        "calibration is a rising function of them, which changes no ranking and no decision.",
-    )
+        f"validation split ({len(valid.names)} {cfg.evaluate.level}s). Labels were not trained on; validation "
+        f"labels chose checkpoint, thresholds and calibration ({kind}). Scores and thresholds are zero-shot "
+        "probabilities; calibration is a rising function of them, which changes no ranking and no decision.",
+        f"Protocol: {cfg.evaluate.protocol or 'all findings of the label table'}; {len(test.names)} "
+        f"{cfg.evaluate.level}s, without those of {cfg.evaluate.exclude or 'no list'}.",
+    ]
+    if cfg.evaluate.protocol == "ctclip":
+        notes.append(
+            "Thresholds of the metrics called ctclip were chosen on the evaluated set, as CT-CLIP does: they are too "
+            "high, and comparable with its published numbers only."
+        )
     return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
 
 
@@ -210,29 +246,22 @@ def _write_sheet(ct_clip: Model, test: SplitScores, folder: Path) -> bytes:
 
 
 def _retrieval(ct_clip: Model, params: Tree, test: SplitScores, experiment: str) -> list[Result]:
-    """Report -> volume recall over the test split; any reconstruction of the report's scan is a hit."""
-    reports_of_split = data.pair_reports(ct_clip.cfg, "test", data.open_volumes(ct_clip.cfg, "test"))
-    text_of_volume = {}
-    for name, text_of_part in zip(reports_of_split.names, reports_of_split.texts, strict=True):
-        text_of_volume[name] = " ".join(text_of_part.values())
-    # One query for each scan: its reconstructions share the report.
-    text_of_scan = {}
-    for name in test.names:
-        if name in text_of_volume:
-            text_of_scan[names.scan_of(name)] = text_of_volume[name]
-    similarity = place_texts(ct_clip, params, list(text_of_scan.values())) @ test.embeddings.T
-    gallery = [names.scan_of(name) for name in test.names]
-    # Recall at more than there is would always be 1.
-    ks = [k for k in (1, 5, 10, 50) if k <= len(gallery)]
-    recall = metrics.group_recall_at(similarity, list(text_of_scan), gallery, ks)
-    return [
-        Result(
-            what=f"recall_at_{k}",
-            subject=f"report to one of {len(gallery)} volumes",
-            value=value,
-            split="test",
-            n=len(text_of_scan),
-            experiment=experiment,
-        )
-        for k, value in recall.items()
-    ]
+    """Rows of `retrieval` over the test split."""
+    cfg = ct_clip.cfg
+    text_of_scan: dict[str, str] = {}
+    texts = torch.empty(0)
+    path = data.data_path(cfg, "reports", "test")
+    # Test sets of others may have no reports.
+    if cfg.data.test and not path.exists():
+        _log.warning("%s: no such file, so reports are not searched", path)
+    else:
+        # One query for each scan: its reconstructions share the report.
+        scored = {names.scan_of(name) for name in test.names}
+        pairs_of_split = data.pair_reports(cfg, "test", data.open_volumes(cfg, "test"))
+        for scan, text_of_part in zip(pairs_of_split.scans, pairs_of_split.texts, strict=True):
+            if scan in scored:
+                text_of_scan[scan] = " ".join(text_of_part.values())
+        texts = place_texts(ct_clip, params, list(text_of_scan.values()))
+    return retrieval.evaluate_retrieval(
+        test.embeddings, test.names, test.labels, text_of_scan, texts, experiment=experiment, split="test"
+    )
