@@ -195,7 +195,7 @@ def _scans_below(folder: Path) -> list[Path]:
             dicom.append(path)
     if not nifti:
         hint = f", but {len(dicom)} files of DICOM; {scans.FROM_DICOM}" if dicom else ""
-        raise ValueError(f"{folder}: holds no {', '.join(scans.SUFFIXES)} file{hint}")
+        raise ValueError(f"{folder}: holds no .nii, .nii.gz or .npz file{hint}")
     if dicom:
         log.warning("%s: %d files of DICOM are left out; %s", folder, len(dicom), scans.FROM_DICOM)
     return nifti

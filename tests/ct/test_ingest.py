@@ -347,10 +347,10 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         "spacing_mm must be .. or three positive numbers",
     ),
     # folders and tables
-    "a folder without scans": (lambda t: _run(t, t), "holds no .nii or .nii.gz file"),
+    "a folder without scans": (lambda t: _run(t, t), "holds no .nii, .nii.gz or .npz file"),
     "a folder of DICOM": (
         lambda t: _run(t, _dicom(t).parent),
-        "holds no .nii or .nii.gz file, but 2 files of DICOM; .*dcm2niix",
+        "holds no .nii, .nii.gz or .npz file, but 2 files of DICOM; .*dcm2niix",
     ),
     "no such folder": (lambda t: _run(t, t / "nowhere"), "nowhere: no such file"),
     "two scans of one name": (

@@ -20,9 +20,11 @@ from medvl.base import config, files, processes, store
 from medvl.base.tree import flatten
 from medvl.commands import ct as ct_commands
 from medvl.components import encode
-from medvl.ct import ingest, pairs, preprocess
+from medvl.ct import ingest, pairs, preprocess, protocols
+from medvl.ct.names import scan_of
+from medvl.ct.reports import FINDINGS
 from medvl.ct.volumes import FIELDS, SOURCE_FIELDS
-from medvl.evaluation import results
+from medvl.evaluation import metrics, results
 from medvl.hub import loading, tokens
 from medvl.phantoms import chests
 from medvl.phantoms.chest_case import PhantomConfig
@@ -612,6 +614,180 @@ def test_labels_without_volumes_are_counted(trained, caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
         score.score_split(model, params, "test")
     assert "1 labels have no volume, 0 volumes no label" in caplog.text
+
+
+# Protocols, levels, lists, test sets of others ------------------------------------------------------------------------
+def _with_all_findings(cfg, folder):
+    """`--set` for label tables in which also the findings that are not drawn have columns."""
+    other = lambda split, i, f: str((i + len(split) + len(f)) % 3 // 2)
+    change = lambda split, rows: [
+        r | {f: other(split, i, f) for f in FINDINGS if f not in r} for i, r in enumerate(rows)
+    ]
+    _with_tables(cfg, folder, change)
+    return f"data.labels={folder}/{{split}}_labels.csv"
+
+
+def _results(folder):
+    return {(r.what, r.subject): r for r in results.read_results(folder / "results.jsonl")}
+
+
+def _scores(path):
+    rows = files.read_csv(path)
+    return {f: np.array([float(r[f]) for r in rows]) for f in rows[0] if f != "VolumeName"}
+
+
+def _new_folder(folder, before):
+    (made,) = {*folder.glob("results-*")} - before
+    return made
+
+
+def test_a_test_set_of_others_by_the_protocol_of_radchest(trained, tmp_path, capsys):
+    """The command of the documentation, with scans as .npz and the label table of RAD-ChestCT, without reports."""
+    cfg, folder = trained
+    labels = _with_all_findings(cfg, tmp_path)
+    scans = sorted(Path("data").glob("phantoms-*/test/*.nii.gz"))
+    other = tmp_path / "radchest"
+    (other / "npz").mkdir(parents=True)
+    columns = [f"{a}*lung" for group in protocols._ABNORMALITIES.split() for a in group.split("|")]
+    rows = []
+    for i, path in enumerate(scans):
+        # To inferior, posterior, left, at the spacing that these files are said to have.
+        voxels = np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)[::-1, ::-1, ::-1].transpose(
+            2, 1, 0
+        )
+        hu = voxels.round().clip(-1000, 1000).astype(np.int16)
+        np.savez(other / f"npz/tst{i}.npz", ct=hu.repeat(4, 0).repeat(4, 1).repeat(4, 2))
+        rows.append({"NoteAcc_DEID": f"tst{i}"} | {c: (i + j) % 3 // 2 for j, c in enumerate(columns)})
+    files.write_csv(other / "test_labels.csv", rows, list(rows[0]))
+    app = Program(namespace=Collection.from_module(tasks))
+    asked = [
+        "invoke",
+        "preprocess",
+        "--source",
+        f"{other}/npz",
+        "--out",
+        f"{other}/test.h5",
+        "--exp",
+        str(folder),
+    ]
+    with pytest.raises(SystemExit) as e:
+        app.run(asked, exit=False)
+    assert e.value.code == 0
+    before = {*folder.glob("results-*")}
+    command = ["invoke", "evaluate", "--exp", f"{folder}/config.json", "--protocol", "radchest16"]
+    app.run([*command, "--set", f"data.test={other}", "--set", labels], exit=False)
+    assert "report to one of" not in capsys.readouterr().out
+    made = _new_folder(folder, before)
+    rows = _results(made)
+    assert {r.n for (what, _), r in rows.items() if what == "auroc"} == {len(scans)}
+    ours = _scores(made / "scores_test.csv")
+    assert list(ours) == list(protocols.PROTOCOLS["radchest16"])
+    # The same scans as a protocol that does not merge sees them.
+    before = {*folder.glob("results-*")}
+    run.evaluate(str(folder), ("evaluate.protocol=ctrate18", labels), lambda line: None)
+    plain = _new_folder(folder, before)
+    for split in ("valid", "test"):
+        parts, merged = _scores(plain / f"scores_{split}.csv"), _scores(made / f"scores_{split}.csv")
+        both = np.maximum(parts[FINDINGS[1]], parts[FINDINGS[4]])
+        if split == "valid":
+            np.testing.assert_allclose(merged["Calcification"], both, rtol=1e-6)
+            np.testing.assert_allclose(merged["Lung nodule"], parts["Lung nodule"], rtol=1e-6)
+    # Thresholds come from validation labels that were merged the same way.
+    valid = files.read_csv(tmp_path / "valid_labels.csv")
+    either = [int(r[FINDINGS[1]]) | int(r[FINDINGS[4]]) for r in valid]
+    scores = _scores(made / "scores_valid.csv")["Calcification"]
+    (want,) = metrics.best_thresholds(scores[:, None], np.array(either)[:, None])
+    assert json.loads((made / "thresholds.json").read_text())["Calcification"] == pytest.approx(want)
+    assert "Protocol: radchest16" in (made / "report.md").read_text()
+
+
+def test_ctclip_s_own_metrics_are_named_as_such(trained, tmp_path):
+    cfg, folder = trained
+    before = {*folder.glob("results-*")}
+    settings = ("evaluate.protocol=ctclip", _with_all_findings(cfg, tmp_path))
+    run.evaluate(str(folder), settings, lambda line: None)
+    made = _new_folder(folder, before)
+    rows, scores = _results(made), _scores(made / "scores_test.csv")
+    tests = files.read_csv(tmp_path / "test_labels.csv")
+    labels = np.array([[int(r[f]) for f in FINDINGS] for r in tests])
+    thresholds = protocols.ctclip_thresholds(np.stack([*scores.values()], 1), labels)
+    for finding, threshold, truth in zip(FINDINGS, thresholds, labels.T, strict=True):
+        called = scores[finding] > threshold
+        if 0 < truth.sum() < len(truth):
+            assert rows["ctclip_accuracy", finding].value == pytest.approx((called == truth).mean())
+    # Ours stand beside them, with thresholds of the validation split.
+    assert {"accuracy", "f1_weighted", "auroc"} <= {what for what, _ in rows}
+    assert "chosen on the evaluated set" in (made / "report.md").read_text()
+    plain = (folder / "results/report.md").read_text()
+    assert "ctclip" not in plain.lower().replace("ctclip\\_phantom", "").replace("ctclip jaccard", "")
+
+
+def test_a_list_of_volumes_is_left_out(trained, tmp_path):
+    _, folder = trained
+    left_out = [r["VolumeName"] for r in files.read_csv(folder / "results/scores_test.csv")][:3]
+    (tmp_path / "no_chest.txt").write_text("\n".join(f"{name}.nii.gz" for name in (*left_out, "train_9_a_1")))
+    before = {*folder.glob("results-*")}
+    run.evaluate(str(folder), (f"evaluate.exclude={tmp_path}/no_chest.txt",), lambda line: None)
+    made = _new_folder(folder, before)
+    names = {r["VolumeName"] for r in files.read_csv(made / "scores_test.csv")}
+    all_names = {r["VolumeName"] for r in files.read_csv(folder / "results/scores_test.csv")}
+    assert names == all_names - {*left_out}
+    assert _results(made)["auroc", "mean"].n == len(names)
+    assert f"{len(names)} volumes, without those of {tmp_path}" in (made / "report.md").read_text().replace(
+        "\\", ""
+    )
+
+
+def test_a_scan_has_one_score_the_mean_of_its_reconstructions():
+    gen = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
+    names = ("valid_1_a_1", "valid_2_a_1", "valid_1_a_2", "valid_1_b_1", "valid_2_a_3", "valid_1_a_4")
+    labels = rng.integers(0, 2, (3, 2))[[0, 1, 0, 2, 1, 0]]
+    embeddings = torch.nn.functional.normalize(torch.randn(6, 4, generator=gen), dim=1)
+    volumes = score.SplitScores(
+        names=names, findings=("a", "b"), labels=labels, scores=rng.random((6, 2)), embeddings=embeddings
+    )
+    scans = score._mean_over_scans(volumes)
+    assert scans.names == ("valid_1_a_1", "valid_2_a_1", "valid_1_b_1")
+    for row, members in enumerate(([0, 2, 5], [1, 4], [3])):
+        np.testing.assert_allclose(scans.scores[row], volumes.scores[members].mean(0))
+        np.testing.assert_array_equal(scans.labels[row], labels[members[0]])
+        mean = embeddings[members].mean(0)
+        torch.testing.assert_close(scans.embeddings[row], mean / mean.norm())
+    other = labels.copy()
+    other[5, 0] ^= 1
+    with pytest.raises(ValueError, match="must have the same labels, 1 of 6 volumes have others"):
+        score._mean_over_scans(evolve(volumes, labels=other))
+
+
+def test_evaluation_by_scan_counts_scans(trained):
+    _, folder = trained
+    before = {*folder.glob("results-*")}
+    run.evaluate(str(folder), ("evaluate.level=scan",), lambda line: None)
+    rows = _results(_new_folder(folder, before))
+    volumes = [r["VolumeName"] for r in files.read_csv(folder / "results/scores_test.csv")]
+    scans = {scan_of(name) for name in volumes}
+    assert rows["auroc", "mean"].n == len(scans)
+    assert ("recall_at_1", f"report to one of {len(scans)} volumes") in rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["evaluate.protocol=ctrate18"], r"valid_labels.csv: the protocol ctrate18 of 18 findings needs the columns Medical"),
+        (["evaluate.protocol=ctrate"], r"evaluate.protocol"),
+        (["evaluate.protocol=ctclip", "evaluate.findings=['Cardiomegaly']"], "give findings or a protocol"),
+        (["data.test=nowhere"], r"nowhere/test.h5"),
+        (["evaluate.exclude=nowhere.txt"], r"nowhere.txt: not a readable list of volumes"),
+    ],
+)  # fmt: skip
+def test_what_a_protocol_lacks_is_one_error_and_leaves_nothing(settings, message, trained):
+    _, folder = trained
+    before = {*folder.rglob("*")}
+    with pytest.raises(ValueError, match=message) as e:
+        run.evaluate(str(folder), settings, lambda line: None)
+    assert "\n" not in str(e.value)
+    assert {path for path in folder.rglob("*") if path.suffix != ".lock"} - before <= {folder / "log.txt"}
 
 
 def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
