@@ -103,12 +103,14 @@ def ctclip_thresholds(scores: Any, labels: Any) -> np.ndarray:
     return np.where(np.isnan(distance[0]), np.nan, steps[last])
 
 
-def evaluate_ctclip(scores: Any, labels: Any, *args: Any, **options: Any) -> list[Result]:
+def evaluate_ctclip(
+    scores: Any, labels: Any, volumes: Sequence[str], findings: Sequence[str], **options: Any
+) -> list[Result]:
     """`zero_shot.evaluate_findings` with CT-CLIP's thresholds: rows "ctclip_f1_weighted", "ctclip_accuracy" and
     "ctclip_precision", which are too high, since the thresholds were chosen on the evaluated set.
     """
     # CT-CLIP calls what is above the threshold, we call what is equal too.
     thresholds = np.nextafter(ctclip_thresholds(scores, labels), np.inf)
-    rows = zero_shot.evaluate_findings(scores, labels, *args, thresholds, **options)
+    rows = zero_shot.evaluate_findings(scores, labels, volumes, findings, thresholds, **options)
     published = ("f1_weighted", "accuracy", "precision")
     return [evolve(row, what=f"ctclip_{row.what}") for row in rows if row.what in published]

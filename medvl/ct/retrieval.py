@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,7 @@ from medvl.ct import names
 from medvl.evaluation.metrics import group_recall_at
 from medvl.evaluation.results import Result
 
-_KS = (1, 5, 10, 50)
+_KS = (1, 5, 10, 50, 100)
 
 
 def ctclip_jaccard_at(similarity: np.ndarray, labels: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
@@ -60,7 +61,7 @@ def evaluate_retrieval(
     labels: np.ndarray,
     text_of_scan: Mapping[str, str],
     texts: Tensor,
-    **common: str,
+    **common: Any,
 ) -> list[Result]:
     """Rows of all kinds of retrieval; their subjects say what the gallery is.
 

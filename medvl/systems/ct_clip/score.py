@@ -249,7 +249,6 @@ def _retrieval(ct_clip: Model, params: Tree, test: SplitScores, experiment: str)
     """Rows of `retrieval` over the test split."""
     cfg = ct_clip.cfg
     text_of_scan: dict[str, str] = {}
-    texts = torch.empty(0)
     path = data.data_path(cfg, "reports", "test")
     # Test sets of others may have no reports.
     if cfg.data.test and not path.exists():
@@ -261,6 +260,8 @@ def _retrieval(ct_clip: Model, params: Tree, test: SplitScores, experiment: str)
         for scan, text_of_part in zip(pairs_of_split.scans, pairs_of_split.texts, strict=True):
             if scan in scored:
                 text_of_scan[scan] = " ".join(text_of_part.values())
+    texts = torch.empty(0)
+    if text_of_scan:
         texts = place_texts(ct_clip, params, list(text_of_scan.values()))
     return retrieval.evaluate_retrieval(
         test.embeddings, test.names, test.labels, text_of_scan, texts, experiment=experiment, split="test"
