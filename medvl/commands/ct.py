@@ -112,10 +112,13 @@ def audit_tree(
     for table, members in named.items():
         absent = {*members}.difference(row["name"] for row in rows)
         advice.append(f"{len(absent)} of {len(members)} volumes of {table} are not among the scans.")
-    refused = results.Result(what="refused", value=sum(bool(row["refused"]) for row in rows), n=len(rows))
+    counts = {"scans": len(rows), "patients": len({row["patient"] for row in rows})}
+    for column in ("refused", "faults"):
+        counts[column] = sum(bool(row[column]) for row in rows)
+    totals = [results.Result(what=what, value=count) for what, count in counts.items()]
     files.write_csv(Path(folder) / "audit.csv", rows, audit.COLUMNS)
-    page = report.write_report(folder, "Audit of scans", [refused], {}, advice, _audit_tables(rows))
-    print(f"{refused.value} of {len(rows)} scans would be refused: {page}", *advice, sep="\n")
+    page = report.write_report(folder, "Audit of scans", totals, {}, advice, _audit_tables(rows))
+    print(*(f"{what}: {count}" for what, count in counts.items()), page, *advice, sep="\n")
 
 
 def _advise(source: str, rows: Sequence[dict[str, str]], metadata: str, no_chest: str) -> str:

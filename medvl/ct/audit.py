@@ -33,6 +33,7 @@ def check_one_release(source: object, paths: Sequence[Path]) -> None:
     """Refuse volumes of CT-RATE of which some are of v1 and some of v2, by their folders or else by the headers
     of up to 1,000: ValueError with counts and examples.
     """
+    paths = [path for path in paths if _is_ct_rate(path)]
     sample = paths[:: len(paths) // _MOST_HEADERS + 1]
     # The folders first: they cost nothing.
     for release_of, members, strays in ((_release, paths, 0.0), (_header_release, sample, _STRAYS)):
@@ -130,8 +131,7 @@ def _is_cut(path: Path, need: int) -> bool:
 
 def _release(path: Path, placed: bool | None = None) -> str:
     """The release of a volume with CT-RATE's name, by its folders or else its header; "" if neither tells."""
-    name = names.volume_name(path)
-    if names.patient_of(name) == name:
+    if not _is_ct_rate(path):
         return ""
     folders = [part for part in path.parts[:-1] if part in _FOLDERS]
     by_header = {None: "", True: "v2", False: "v1"}[placed]
@@ -144,6 +144,11 @@ def _header_release(path: Path) -> str:
             return _release(Path(path.name), header.placed)
     except ScanError:
         return ""
+
+
+def _is_ct_rate(path: Path) -> bool:
+    name = names.volume_name(path)
+    return names.patient_of(name) != name
 
 
 def _by_axis(values: Sequence[float]) -> str:
