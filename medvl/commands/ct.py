@@ -258,30 +258,24 @@ def split_tables(
     prevalence = [findings[indices].mean(0) for indices in indices_of_part.values()]
     gap = np.ptp(prevalence, axis=0)
     print(f"largest difference in prevalence: {finding_names[gap.argmax()]}, {gap.max():.3f}")
+    # What the reference writes beside the parts.
     if target:
         for path in all_tables:
             with files.atomic(outputs["original", path]) as tmp:
                 shutil.copyfile(path, tmp)
-        summary = _summarise_split(indices_of_part, patients, target)
+        chosen = {patients[i] for i in indices_of_part["valid"]}
+        numbers = [patient.rpartition("_")[2] for patient in chosen]
+        are_numbers = all(number.isdecimal() for number in numbers)
+        summary = {
+            "total_original_volumes": len(volumes),
+            "validation_volumes": len(indices_of_part["valid"]),
+            "test_volumes": len(indices_of_part["test"]),
+            "validation_patients": len(chosen),
+            "test_patients": len({*patients} - chosen),
+            "target_validation_size": target,
+            "validation_patient_ids": sorted(map(int, numbers)) if are_numbers else sorted(chosen),
+        }
         files.write_text(outputs["summary", ""], json.dumps(summary, indent=2) + "\n")
-
-
-def _summarise_split(
-    indices_of_part: dict[str, np.ndarray], patients: Sequence[str], target: int
-) -> dict[str, Any]:
-    """What the reference writes of its split; patients are numbers where their names end in one."""
-    chosen = {patients[i] for i in indices_of_part["valid"]}
-    ids = [patient.rpartition("_")[2] for patient in chosen]
-    are_numbers = all(i.isdecimal() for i in ids)
-    return {
-        "total_original_volumes": len(patients),
-        "validation_volumes": len(indices_of_part["valid"]),
-        "test_volumes": len(indices_of_part["test"]),
-        "validation_patients": len(chosen),
-        "test_patients": len(set(patients)) - len(chosen),
-        "target_validation_size": target,
-        "validation_patient_ids": sorted(map(int, ids)) if are_numbers else sorted(chosen),
-    }
 
 
 def _check_volumes(path: str, rows: Sequence[dict[str, str]], volumes: set[str], labels: str) -> None:

@@ -33,7 +33,7 @@ def check_one_release(source: object, paths: Sequence[Path]) -> None:
     """Refuse volumes of CT-RATE of which some are of v1 and some of v2, by their folders or else by the headers
     of up to 1,000: ValueError with counts and examples.
     """
-    paths = [path for path in paths if _is_ct_rate(path)]
+    paths = [p for p in paths if names.patient_of(names.volume_name(p)) != names.volume_name(p)]
     sample = paths[:: len(paths) // _MOST_HEADERS + 1]
     # The folders first: they cost nothing.
     for release_of, members, strays in ((_release, paths, 0.0), (_header_release, sample, _STRAYS)):
@@ -72,7 +72,7 @@ def audit_scans(
     headers = [row["header"] for row in rows if row["release"]]
     usual_header = max(("blank", "placed"), key=headers.count)
     first: dict[str, int] = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(rows, 2):  # as the lines of a CSV are counted
         for column, members in named.items():
             row[column] = "yes" if row["name"] in members else "no"
         if row["metadata"] == "no":
@@ -95,12 +95,13 @@ def _examine(job: tuple[str, Path, Mapping[str, str] | None]) -> dict[str, str]:
     """What the file of a scan says, and a digest of its first slice."""
     name, path, metadata = job
     row = dict.fromkeys((*COLUMNS, "digest"), "")
-    row |= {"name": name, "path": str(path), "patient": names.patient_of(name), "release": _release(path)}
+    row |= {"name": name, "path": str(path), "patient": names.patient_of(name)}
     try:
         with scans.open_scan(path) as (header, slices):
             row |= {"shape": _by_axis(header.shape), "dtype": str(header.dtype)}
             row["header"] = "placed" if header.placed else "blank"
-            row["release"] = _release(path, header.placed)
+            if row["patient"] != name:  # a name of CT-RATE
+                row["release"] = _release(path, header.placed)
             if _is_cut(path, math.prod(header.shape) * header.dtype.itemsize):
                 row["faults"] = "the last bytes of its gzip stream give another size: it is perhaps truncated"
             plane = next(slices)
@@ -130,11 +131,9 @@ def _is_cut(path: Path, need: int) -> bool:
 
 
 def _release(path: Path, placed: bool | None = None) -> str:
-    """The release of a volume with CT-RATE's name, by its folders or else its header; "" if neither tells."""
-    if not _is_ct_rate(path):
-        return ""
+    """The release of a volume of CT-RATE by its folders, or else by its header; "" where neither tells."""
     folders = [part for part in path.parts[:-1] if part in _FOLDERS]
-    by_header = {None: "", True: "v2", False: "v1"}[placed]
+    by_header = {None: "", False: "v1", True: "v2"}[placed]
     return _FOLDERS[folders[-1]] if folders else by_header
 
 
@@ -144,11 +143,6 @@ def _header_release(path: Path) -> str:
             return _release(Path(path.name), header.placed)
     except ScanError:
         return ""
-
-
-def _is_ct_rate(path: Path) -> bool:
-    name = names.volume_name(path)
-    return names.patient_of(name) != name
 
 
 def _by_axis(values: Sequence[float]) -> str:

@@ -265,8 +265,6 @@ def split_like_reference(patients: Sequence[str], target: int) -> dict[str, np.n
 
     Args:
         patients: [n] the patient of each volume, in the order of the table.
-    Returns:
-        {"valid": ascending row numbers, "test": the others}; ValueError where one would be empty.
     Source: peterhan91/clip_3d_ct, split_validation.py.
     """
     num_volumes = Counter(patients)
