@@ -219,9 +219,9 @@ def quantize(c, exp, set_=None, method="awq", variant="base", samples="128", gro
 @task(
     positional=[],
     help={
-        "run": "run folder of a system that trains an adapter on a language model",
+        "run": "run folder of ct_clip, or of a system that trains an adapter on a language model",
         "out": "the folder to make",
-        "as_": "merged (transformers opens it), int4 (merged, in four bits) or peft (peft and vLLM open it)",
+        "as_": "of a language model: merged (transformers opens it), int4 (merged, in four bits) or peft (peft and vLLM open it)",
         "base": "merged and int4: seen = onto the weights that the adapter was trained on, full = onto the model as it came",
         "quantize": "merged: nf4 or fp4 rounds the merged model to four bits again",
         "group": "int4: values that share a scale, as of quantize",

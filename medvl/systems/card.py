@@ -9,29 +9,30 @@ from typing import Any
 from medvl.base import config
 from medvl.evaluation import report, results
 from medvl.hub.checkpoints import find_file, find_optional_file
-from medvl.language.system import LanguageModel
 
 
-def model_card(model: LanguageModel, folder: Path, about: Mapping[str, Any]) -> str:
+def model_card(cfg: Any, bases: Mapping[str, str], folder: Path, about: Mapping[str, Any]) -> str:
     """The card as Markdown with the front matter of the hub.
 
     Args:
+        cfg: the record of the run.
+        bases: {architecture: the checkpoint it started from, "" = from scratch}.
         folder: of the run.
         about: how the run was exported.
     """
-    name = model.cfg.model.name
-    base = {
-        "name": name or f"trained from scratch ({model.chat.skeleton.name})",
-        "revision": "",
-        "licence": "",
-    }
-    if name:
-        base["revision"] = _revision(name)
-        base["licence"] = _licence(name)
-    data = _data_facts(model.cfg)
     front = ["---", "library_name: " + ("peft" if about["kind"] == "peft" else "transformers")]
-    if name and not Path(name).exists():  # a folder of this machine means nothing elsewhere
-        front.append(f"base_model: {name}")
+    # A folder of this machine means nothing elsewhere.
+    on_hub = [name for name in bases.values() if name and not Path(name).exists()]
+    if on_hub:
+        front.append(f"base_model: [{', '.join(on_hub)}]")
+    origins = []
+    for architecture, name in bases.items():
+        is_model = name and not Path(name).is_file()
+        origins += [
+            f"- {name or f'trained from scratch ({architecture})'}",
+            f"- revision: {(is_model and _revision(name)) or 'not known'}",
+            f"- licence: {(is_model and _licence(name)) or 'not stated in its files; see its page'}",
+        ]
     front += ["tags: [medical, research]", "---"]
     lines = [
         *front,
@@ -39,11 +40,9 @@ def model_card(model: LanguageModel, folder: Path, about: Mapping[str, Any]) -> 
         f"**{report.NOTICE}** It was not validated for care of patients. It may leave out findings and values, "
         "or make them up.",
         "## Base model",
-        f"- {base['name']}",
-        f"- revision: {base['revision'] or 'not known'}",
-        f"- licence: {base['licence'] or 'not stated in its files; see its page'}",
+        *origins,
         "## Data",
-        *data,
+        *_data_facts(cfg),
         "## Export",
         *[f"- {key}: {value}" for key, value in about.items() if not isinstance(value, Mapping)],
     ]
@@ -55,7 +54,7 @@ def model_card(model: LanguageModel, folder: Path, about: Mapping[str, Any]) -> 
             f"{distance['same_token']:.2%}"
         )
     lines += ["## Figures", *_figures(folder), "## Record", "```json"]
-    lines += [json.dumps(config.unstructure(model.cfg), indent=1), "```"]
+    lines += [json.dumps(config.unstructure(cfg), indent=1), "```"]
     return "\n".join(front) + "\n\n" + _joined(lines[len(front) :])
 
 
@@ -90,9 +89,7 @@ def _data_facts(cfg: Any) -> list[str]:
         return [f"- drawn by medvl ({source}); shows no patient"]
     path = Path(cfg.data.folder) / "data_summary.json"
     if not path.is_file():
-        return [
-            f"- conversations of the user's own ({Path(cfg.data.folder).name}); their licence is not recorded"
-        ]
+        return [f"- data of the user's own ({Path(cfg.data.folder).name}); their licence is not recorded"]
     summary = json.loads(path.read_text())
     lines = [f"- {name}: {facts['licence']}" for name, facts in summary["sources"].items()]
     if summary["non_commercial"]:
@@ -104,6 +101,6 @@ def _figures(folder: Path) -> list[str]:
     path = folder / "results" / "results.jsonl"
     if not path.is_file():
         return ["not evaluated"]
-    rows = [row for row in results.read_results(path) if row.subject in ("all", "")]
+    rows = [row for row in results.read_results(path) if row.subject in ("all", "mean", "")]
     cells = [(row.what, row.split, row.n, row.value, row.low, row.high) for row in rows]
     return [results.markdown_table(("Metric", "Split", "n", "Value", "Low", "High"), cells)]

@@ -38,7 +38,7 @@ def export_run(
 ) -> Path:
     """Write a run of a language system with an adapter as a folder for transformers ("merged", or "int4" in four bits
     as `invoke quantize` makes them) or for peft and vLLM ("peft"), with a model card; returns the folder, which is there
-    whole or not at all.
+    whole or not at all. Systems with an `export` of their own have one form.
 
     A merged model is compared with the run on the conversations of its bench: logits of all answer tokens.
 
@@ -63,11 +63,21 @@ def export_run(
         raise ValueError(f"export: --as int4 goes without --quantize, got {quantize!r}")
     folder = config.run_folder(run_path)
     system = run.find_system(config.system_of(folder))
+    check_new_folder(out)
+    if system.export is not None:
+        if (kind, base, quantize) != ("merged", "seen", "none"):
+            name = config.system_of(folder)
+            raise ValueError(f"export: a run of {name} has one form; leave out --as, --base and --quantize")
+        model, params = system.load(folder)
+        with new_folder(out) as tmp:
+            bases = system.export(model, params, folder, tmp)
+            _describe(model.cfg, bases, folder, {"run": folder.name, "kind": "safetensors"}, tmp)
+        log(f"written: {out}")
+        return Path(out)
     if system.variant is None or system.bench_questions is None:
         raise ValueError(
             f"export: {folder} is a run of {config.system_of(folder)}, which has no model to export"
         )
-    check_new_folder(out)
     model, params = system.load(folder)
     if model.adapter is None:
         raise ValueError(
@@ -97,10 +107,14 @@ def export_run(
         else:
             write_adapter(adapter, tmp, base=_base_name(model, folder))
             chat.save_tokenizer(model.chat, tmp)
-        files.write_text(tmp / "README.md", card.model_card(model, folder, about))
-        files.write_text(tmp / "export.json", json.dumps(about, indent=1) + "\n")
+        _describe(model.cfg, {model.chat.skeleton.name: model.cfg.model.name}, folder, about, tmp)
     log(f"written: {out}")
     return Path(out)
+
+
+def _describe(cfg: Any, bases: dict[str, str], folder: Path, about: dict[str, Any], out: Path) -> None:
+    files.write_text(out / "README.md", card.model_card(cfg, bases, folder, about))
+    files.write_text(out / "export.json", json.dumps(about, indent=1) + "\n")
 
 
 def merge(

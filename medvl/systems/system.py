@@ -91,6 +91,9 @@ class System:
     calibration: Callable[[Any], Sequence[Dialogue]] | None = None
     # (cfg, a folder of results, that of another variant) -> rows "METRIC_difference": the first minus the other
     compare: Callable[[Any, Path, Path], list[Result]] | None = None
+    # (model, params, run folder, an empty folder) -> {architecture: its checkpoint, "" = from scratch}: writes the run
+    # for other programs, where it is no adapter of a language model
+    export: Callable[[Any, Tree, Path, Path], dict[str, str]] | None = None
     takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`
     # cfg -> whether it trains anything; if not, it is evaluated at once
     trains: Callable[[Any], bool] = _always

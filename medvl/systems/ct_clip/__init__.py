@@ -2,12 +2,12 @@
 
 `record` is the record of an experiment, `model` the two towers and their loss, `data` its files, labels,
 reports and batches, `slice_features` the cache of a frozen slice encoder, `run` trains, `score` scores
-findings and writes the report, `look` is one scan.
+findings and writes the report, `look` is one scan, `export` writes a run as safetensors.
 """
 
 from pathlib import Path
 
-from medvl.systems.ct_clip import run
+from medvl.systems.ct_clip import export, run
 from medvl.systems.ct_clip.data import prepare_data
 from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.score import assess
@@ -20,6 +20,7 @@ SYSTEM = System(
     load=run.load,
     assess=assess,
     memory=run.memory,
+    export=export.export,
     # Slice features of frozen encoders are written into the cache.
     folders=lambda cfg: (*drawn_data(cfg), Path(cfg.data.cache)),
 )

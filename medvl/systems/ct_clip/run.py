@@ -14,6 +14,7 @@ from medvl.ct.preprocess import size_of
 from medvl.hub import tokens
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.data import open_volumes, pair_reports, training_batches
+from medvl.systems.ct_clip.export import REST, load_exported
 from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.score import mean_auroc
@@ -203,13 +204,16 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
 
 
 def load(folder: Path) -> tuple[Model, Tree]:
-    """Model and parameters of a trained run, as `fit` returned them."""
+    """Model and parameters of a trained run, as `fit` returned them, or of one that was exported."""
     cfg = config.load_run(folder, Config)
+    device = processes.choose_device(cfg.train.device)
+    if (folder / REST).is_file():
+        model, params = load_exported(cfg, folder)
+        return model, map_leaves(lambda leaf: leaf.to(device), params)
     model, params = ct_clip.init_model(cfg, folder)
     means: Tree = {}
     # Each stage holds the parameters it trained; what a later stage trained again comes from there.
     for i, stage in enumerate(cfg.train.stages):
         state = states.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
         params, means = merge_trees(params, state.params), state.means
-    device = processes.choose_device(cfg.train.device)
     return model, map_leaves(lambda leaf: leaf.to(device), params | {"running": means})

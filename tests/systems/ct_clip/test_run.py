@@ -30,7 +30,7 @@ from medvl.phantoms import chests
 from medvl.phantoms.chest_case import PhantomConfig
 from medvl.serve import rooms
 from medvl.serve.interface import Refused
-from medvl.systems import run
+from medvl.systems import export, run
 from medvl.systems.ct_clip import data as ct_data
 from medvl.systems.ct_clip import look, score
 from medvl.systems.ct_clip import model as ct_clip
@@ -154,6 +154,24 @@ def test_one_scan_is_what_the_split_says(trained):
     other = look.look_at_scan(folder, scan, ["Pneumothorax"])
     assert list(other["probability"]) == ["Pneumothorax"]
     assert other["threshold"] == {}
+
+
+def test_an_exported_run_sees_what_the_run_sees(trained, tmp_path):
+    folder = trained[1]
+    with pytest.raises(ValueError, match="a run of ct_clip has one form; leave out --as, --base"):
+        export.export_run(str(folder), tmp_path / "out", "peft", log=lambda line: None)
+    assert not (tmp_path / "out").exists()
+    export.export_run(str(folder), tmp_path / "out", "merged", log=lambda line: None)
+    scan = next(Path("data").glob("phantoms-*/test/*.nii.gz"))
+    found, again = (look.look_at_scan(where, scan) for where in (folder, tmp_path / "out"))
+    assert torch.equal(found["embedding"], again["embedding"])
+    assert found["probability"] == again["probability"]
+    assert found["threshold"] == again["threshold"] != {}
+    card = (tmp_path / "out/README.md").read_text()
+    for part in ("trained from scratch (dinov2)", "shows no patient", "| auroc |", '"system": "ct_clip"'):
+        assert part in card
+    assert str(tmp_path) not in card
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
