@@ -45,7 +45,7 @@ def from_clip(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
         for old, new in _NAMES.items():
             name = name.replace(old, new)
         # The original keeps the three projections in one tensor.
-        pieces = zip("qkv", tensor.chunk(3), strict=True) if ".in_proj_" in name else [("", tensor)]
+        pieces = zip("qkv", tensor.chunk(3), strict=False) if ".in_proj_" in name else [("", tensor)]
         weights |= {name.replace("in_proj_", f"{letter}_proj."): piece for letter, piece in pieces}
     return weights
 
@@ -60,26 +60,27 @@ def clip_config(
     Raises:
         ValueError: the tower is no transformer of CLIP's own, or not the one that the settings describe.
     """
-    embed = "embeddings.patch_embedding" if tower == "vision" else "embeddings.token_embedding"
-    depth = sum(name.endswith("mlp.fc1.weight") for name in weights)
-    if not depth or f"{embed}.weight" not in weights:
+    embed = f"embeddings.{'token' if tower == 'text' else 'patch'}_embedding.weight"
+    mlp, position = "encoder.layers.0.mlp.fc1.weight", "embeddings.position_embedding.weight"
+    dims = {embed: 2 if tower == "text" else 4, mlp: 2, position: 2}
+    if any(name not in weights or weights[name].dim() != n for name, n in dims.items()):
         raise ValueError(
             f"load: {path}: its {tower} tower must be a transformer of CLIP's own, as those of ViT-B-32, and is "
             "another network; of a CLIP whose vision tower is a ResNet, such as RN50, only the text tower is read"
         )
-    inner, width = weights["encoder.layers.0.mlp.fc1.weight"].shape
+    inner, width = weights[mlp].shape
+    depth = sum(name.endswith("mlp.fc1.weight") for name in weights)
     own = settings.get(f"{tower}_cfg", {})
-    needed = {"layers": depth, "width": width} | dict.fromkeys(
-        ("act_kwargs", "norm_kwargs", "no_causal_mask")
-    )
+    plain = dict.fromkeys(("act_kwargs", "norm_kwargs", "no_causal_mask"))  # what shapes do not tell
+    needed = {"layers": depth, "width": width} | plain
     wrong = [name for name, found in needed.items() if (own.get(name) or found) != found]
     if wrong:
         raise ValueError(f"load: {path}: {SETTINGS} describes another {tower} tower, by {few(wrong)}")
     if not settings:
         advice = "quick_gelu is taken, as of OpenAI; most other CLIP have gelu"
         warnings.warn(f"load: {path} has no {SETTINGS} beside it: {advice}", stacklevel=4)
-    positions = len(weights["embeddings.position_embedding.weight"])
-    rows, *_, patch = weights[f"{embed}.weight"].shape
+    positions = len(weights[position])
+    rows, *_, patch = weights[embed].shape
     config = {
         "model_type": f"clip_{tower}_model",
         "hidden_size": width,

@@ -118,10 +118,8 @@ def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tupl
     """An encoder as `load_skeleton` gives it; the named tower of a checkpoint that holds two (CLIP,
     SigLIP).
     """
-    if Path(name).is_file():
-        return load_skeleton(name, part=tower)
-    config = read_json(find_file(str(name), ("config.json",)))
-    if f"{tower}_config" in config:
+    # Of a file, whose contents tell, the part is not taken where there is but one.
+    if Path(name).is_file() or f"{tower}_config" in read_json(find_file(str(name), ("config.json",))):
         return load_skeleton(name, part=tower)
     return load_skeleton(name)
 
@@ -147,8 +145,11 @@ def _read_original(path: Path, tower: str) -> tuple[dict[str, Any], dict[str, Te
         raise ValueError(f"load: {path} is a CLIP, of two towers; take one with part='text' or part='vision'")
     settings = path.with_name(clip.SETTINGS)
     weights = clip.from_clip(state, tower)
-    described = read_json(settings).get("model_cfg", {}) if settings.is_file() else {}
-    return clip.clip_config(weights, tower, str(path), described), weights
+    try:
+        described = read_json(settings)["model_cfg"] if settings.is_file() else {}
+        return clip.clip_config(weights, tower, str(path), described), weights
+    except (LookupError, AttributeError, TypeError, ZeroDivisionError) as e:
+        raise ValueError(f"load: {settings} is not as open_clip writes it ({type(e).__name__}: {e})") from e
 
 
 def _tower_config(config: Mapping[str, Any], tower: str) -> dict[str, Any]:

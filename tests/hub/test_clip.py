@@ -237,6 +237,17 @@ def test_what_is_no_such_tower_is_refused(tmp_path):
     settings(tmp_path, text_cfg={"no_causal_mask": True})
     with pytest.raises(ValueError, match="describes another text tower, by no_causal_mask"):
         loading.load_skeleton(path, part="text")
+    for broken in (
+        {"vision_cfg": {"head_width": 0}},
+        {"vision_cfg": [1]},
+        {"vision_cfg": {"head_width": "64"}},
+    ):
+        settings(tmp_path, **broken)
+        with pytest.raises(ValueError, match=r"open_clip_config.json is not as open_clip writes it"):
+            loading.load_skeleton(path, part="vision")
+    (tmp_path / clip.SETTINGS).write_text("{}")
+    with pytest.raises(ValueError, match=r"is not as open_clip writes it \(KeyError: 'model_cfg'\)"):
+        loading.load_skeleton(path, part="vision")
     # What belongs to no ViT of CLIP's, such as layer scale, is named.
     settings(tmp_path)
     save_file(original() | {"visual.transformer.resblocks.0.ls_1.gamma": torch.ones(128)}, path)
@@ -257,3 +268,19 @@ def test_code_in_an_archive_is_not_run(tmp_path):
     torch.save(torch.jit.load(tmp_path / "ViT.pt", map_location="cpu").state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="must be an original DINOv2 checkpoint"):
         loading.load_skeleton(tmp_path / "weights.pt", part="vision")
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_every_missing_or_misshapen_weight_is_an_error(tmp_path, tower):
+    settings(tmp_path)
+    state = original()
+    own = [name for name in state if name.startswith("visual.") == (tower == "vision")]
+    read = [name for name in own if name not in ("visual.proj", "text_projection", "logit_scale")]
+    for name in read:
+        for changed in (None, state[name][..., :1]):
+            broken = {n: t.contiguous() for n, t in (state | {name: changed}).items() if t is not None}
+            if changed is not None and changed.shape == state[name].shape:
+                continue
+            save_file(broken, tmp_path / "x.safetensors")
+            with pytest.raises(ValueError, match=r"load: |config"):
+                loading.load_skeleton(tmp_path / "x.safetensors", part=tower)
