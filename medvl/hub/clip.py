@@ -15,7 +15,7 @@ SETTINGS = "open_clip_config.json"
 # The weights of a tower, without its projection.
 _TOWERS = {
     "vision": r"visual\.(?!proj$)(.+)",
-    "text": r"(?:text\.)?((?:transformer|token|positional|ln_final).*)",
+    "text": r"(?:text\.(?!text_projection)|(?=transformer|token|positional|ln_final|cls_emb))(.+)",
 }
 # Parts of names there and in Hugging Face's CLIP, replaced in this order.
 _NAMES = {
@@ -81,12 +81,16 @@ def clip_config(
         warnings.warn(f"load: {path} has no {SETTINGS} beside it: {advice}", stacklevel=4)
     positions = len(weights[position])
     rows, *_, patch = weights[embed].shape
+    # Left out, they are 8 in a text tower of open_clip, and 64 wide in OpenAI's.
+    heads = own.get("heads", 8 if own else width // 64)
+    if tower == "vision":
+        heads = width // own.get("head_width", 64)
     config = {
         "model_type": f"clip_{tower}_model",
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": depth,
-        "num_attention_heads": own.get("heads", width // own.get("head_width", 64)),
+        "num_attention_heads": heads,
         "hidden_act": "quick_gelu" if settings.get("quick_gelu", not settings) else "gelu",
     }
     # CLIP pools by the end token, the last of the vocabulary.

@@ -198,6 +198,11 @@ def test_a_clip_encodes_slices(tmp_path):
     settings(tmp_path)
     vit, params = loading.load_encoder(tmp_path / "x.safetensors", "vision")
     assert loading.encoder_config(tmp_path / "x.safetensors", "vision")["hidden_size"] == 128
+    # open_clip's default of heads is not OpenAI's.
+    for described, heads in (({}, 1), ({"width": 64}, 8)):
+        settings(tmp_path, text_cfg=described)
+        found = loading.encoder_config(tmp_path / "x.safetensors", "text")
+        assert (found["num_attention_heads"], found["vocab_size"]) == (heads, 90)
     voxels = torch.randint(
         0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -234,6 +239,13 @@ def test_what_is_no_such_tower_is_refused(tmp_path):
     settings(tmp_path, vision_cfg={"layers": [3, 4, 6, 3], "width": 64})
     with pytest.raises(ValueError, match=r"config.json describes another vision tower, by layers, width"):
         loading.load_skeleton(path, part="vision")
+    # What CoCa adds to its text tower, and shapes of CLIP's own do not have.
+    settings(tmp_path)
+    for prefix in ("", "text."):
+        save_file({**original(), f"{prefix}cls_emb": torch.zeros(64)}, path)
+        with pytest.raises(ValueError, match="unexpected cls_emb"):
+            loading.load_skeleton(path, part="text")
+    save_file(original(), path)
     settings(tmp_path, text_cfg={"no_causal_mask": True})
     with pytest.raises(ValueError, match="describes another text tower, by no_causal_mask"):
         loading.load_skeleton(path, part="text")
