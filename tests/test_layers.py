@@ -16,7 +16,7 @@ DOORS = {  # a heavy package, and the only files that import it
     "transformers": ("hub",),
     "bitsandbytes": ("weights/four_bit.py",),
     "cattrs": ("base/config.py",),
-    "pydicom": ("language/dicom_image.py", "documents/redact_dicom.py"),
+    "pydicom": ("base/dicom.py", "ct/dicom.py", "language/dicom_image.py", "documents/redact_dicom.py"),
     "datasets": ("documents/source_rows.py",),
     "pyarrow": ("documents/source_rows.py",),
     "invoke": ("../tasks.py",),

@@ -5,8 +5,10 @@ reason in a table.
 """
 
 import functools
+import hashlib
 import logging
-from collections import deque
+import zipfile
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,9 +23,9 @@ from medvl.base.display import track
 from medvl.base.files import PathLike
 from medvl.base.store import Store
 from medvl.base.workers import worker_pool
-from medvl.ct import audit, metadata_table, names, preprocess, scans
+from medvl.ct import audit, dicom, metadata_table, names, preprocess, scans
+from medvl.ct.header import ScanError
 from medvl.ct.preprocess import CtConfig, Volume
-from medvl.ct.scans import ScanError
 from medvl.ct.volumes import check_sources, keeps_sources, read_volume, reserve_volumes, write_volume
 
 log = logging.getLogger(__name__)
@@ -63,8 +65,8 @@ def preprocess_folder(
     listed in `rejected_csv(store_path)` at the end of a run, and the next run tries them again.
 
     Args:
-        source: a folder, searched with all its subfolders for `scans.SUFFIXES`, one such file, or a CSV
-            with a column `path` (or `VolumeName`), relative to the CSV.
+        source: a folder, searched with all its subfolders for `scans.SUFFIXES` and series of DICOM (see
+            `find_scans`), one such file, or a CSV with a column `path` (or `VolumeName`), relative to the CSV.
         metadata_csv: table with a column `VolumeName`; a scan without a row in it is rejected.
         workers: 1 works in this process. More are fresh processes, so a script needs `if __name__ ==
             "__main__":`; a scan whose worker dies (out of memory) is then rejected and the run goes on.
@@ -149,6 +151,9 @@ def rejected_csv(store_path: PathLike) -> Path:
 def find_scans(source: PathLike) -> dict[str, Path]:
     """{volume name: path} of a folder, a CSV or one scan, sorted by name.
 
+    A series of DICOM is called as the folder or ZIP that it lies in, with the folders above it where two have
+    one name, and with a digest of its UID where it is one of several in there. Its path ends in its UID.
+
     Raises:
         ValueError: no scans, or two of one name.
     """
@@ -158,10 +163,10 @@ def find_scans(source: PathLike) -> dict[str, Path]:
 def list_scans(source: PathLike) -> list[tuple[str, Path]]:
     """(volume name, path) of the scans in a folder, a CSV or one scan, sorted by path; names may be shared."""
     source = Path(source)
-    if source.is_dir():
-        scan_paths = _scans_below(source)
+    if source.is_dir() or dicom.is_series(source):
+        found = _scans_below(source)
     elif source.name.lower().endswith(scans.SUFFIXES):
-        scan_paths = [source]
+        found = [(names.volume_name(source), source)]
     else:
         rows = files.read_csv(source)
         # Paths are relative to the table, so that a folder can be moved with it.
@@ -170,8 +175,8 @@ def list_scans(source: PathLike) -> list[tuple[str, Path]]:
             raise ValueError(
                 f"{source}: must have a column 'path' or 'VolumeName', found {', '.join(map(repr, rows[0]))}"
             )
-        scan_paths = [source.parent / row[column] for row in rows]
-    return [(names.volume_name(path), path) for path in sorted(scan_paths)]
+        found = [(names.volume_name(row[column]), source.parent / row[column]) for row in rows]
+    return sorted(found, key=lambda scan: scan[1])
 
 
 def _by_name(source: PathLike, listed: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -185,20 +190,33 @@ def _by_name(source: PathLike, listed: Iterable[tuple[str, Path]]) -> dict[str, 
     return dict(sorted(paths.items()))
 
 
-def _scans_below(folder: Path) -> list[Path]:
-    all_files = files.files_below(folder)
-    nifti = [path for path in all_files if path.name.lower().endswith(scans.SUFFIXES)]
-    dicom = []
-    for path in all_files:
-        # Without NIfTI files every file is opened, to say whether they are DICOM under other names.
-        if path.suffix.lower() in (".dcm", ".ima") or (not nifti and scans.is_dicom(path)):
-            dicom.append(path)
-    if not nifti:
-        hint = f", but {len(dicom)} files of DICOM; {scans.FROM_DICOM}" if dicom else ""
-        raise ValueError(f"{folder}: holds no .nii, .nii.gz or .npz file{hint}")
-    if dicom:
-        log.warning("%s: %d files of DICOM are left out; %s", folder, len(dicom), scans.FROM_DICOM)
-    return nifti
+def _scans_below(folder: Path) -> list[tuple[str, Path]]:
+    found = []
+    slices: dict[Path, list[Path]] = {}  # of each folder, and each ZIP
+    for path in files.files_below(folder) if folder.is_dir() else [folder]:
+        if path.name.lower().endswith(scans.SUFFIXES):
+            found.append((names.volume_name(path), path))
+        # By content: series often have names without an ending, and office documents are ZIPs, too.
+        elif dicom.is_series(path):
+            is_zip = zipfile.is_zipfile(path)
+            if is_zip == (path.suffix.lower() == ".zip"):
+                slices.setdefault(path if is_zip else path.parent, []).append(path)
+    common = Counter(names.volume_name(place) for place in slices)
+    for place, paths in track(slices.items(), "looking for series"):
+        try:
+            series = [place / uid for uid in dicom.list_series(place if place.is_file() else paths)]
+        except ScanError:
+            series = [place]  # its own job says what is wrong, so that the others go on
+        name = names.volume_name(place)
+        if common[name] > 1 and place != folder:
+            name = "_".join([*place.parent.relative_to(folder).parts, name])
+        name = name or place.resolve().name  # of "."
+        for path in series:
+            digest = hashlib.sha256(path.name.encode()).hexdigest()[:8]
+            found.append((f"{name}_{digest}" if len(series) > 1 else name, path))
+    if not found:
+        raise ValueError(f"{folder}: holds no {', '.join(scans.SUFFIXES)} file and no series of DICOM")
+    return found
 
 
 def _run_job(job: _Job, store_path: Path, cfg: CtConfig) -> tuple[str, str]:
@@ -234,7 +252,8 @@ def _run_jobs(
         if reason:
             rejected[job.name] = reason
             # The reason begins with the path of the scan, which the log need not repeat in full.
-            log.warning("%s: rejected: %s", job.name, reason.replace(str(job.path), job.path.name))
+            folder = dicom.split(job.path)[0].parent
+            log.warning("%s: rejected: %s", job.name, reason.replace(f"{folder}/", ""))
         else:
             log.info("%s: %s", job.name, summary)
     return rejected

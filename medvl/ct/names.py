@@ -13,9 +13,9 @@ _log = logging.getLogger(__name__)
 
 
 def volume_name(path: object) -> str:
-    """The name of a volume: its file name without `.nii`, `.nii.gz` or `.npz`."""
+    """The name of a volume: its file name without `.nii`, `.nii.gz`, `.npz`, `.zip` or `.dcm`."""
     name = PurePath(str(path)).name
-    return re.sub(r"(\.nii(\.gz)?|\.npz)$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"(\.nii(\.gz)?|\.npz|\.zip|\.dcm)$", "", name, flags=re.IGNORECASE)
 
 
 def read_list(path: files.PathLike) -> tuple[str, ...]:

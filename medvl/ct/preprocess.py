@@ -18,8 +18,8 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import Tensor
 
 from medvl.base import config
-from medvl.base.files import PathLike
 from medvl.ct import grids, hounsfield, metadata_table, scans
+from medvl.ct.dicom import Source
 from medvl.ct.hounsfield import Scale
 from medvl.ct.scans import ScanError
 
@@ -60,6 +60,7 @@ class CtConfig:
         `hounsfield.choose_scale`.
     spacing_from: metadata takes XYSpacing and ZSpacing of the metadata row, for scans whose header has lost
         them (CT-RATE v1).
+    tilt: shear resamples scans of a tilted gantry (`scans.straighten`), which are refused else.
     flip: `reference` only: y grows to posterior (its slide_b2u=False) instead of anterior (True, the default
         of its first release).
     """
@@ -71,6 +72,7 @@ class CtConfig:
     dtype: Literal["uint8", "int16"] = "uint8"
     hu: Literal["auto", "header", "metadata", "none"] = "auto"
     spacing_from: Literal["header", "metadata"] = "header"
+    tilt: Literal["refuse", "shear"] = "refuse"
     flip: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -123,9 +125,9 @@ class Volume:
 
 
 def preprocess_scan(
-    path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str, str] | None = None
+    path: Source, cfg: CtConfig = CtConfig(), metadata: Mapping[str, str] | None = None
 ) -> Volume:
-    """Read a NIfTI scan and bring it to HU, to `axes_of(cfg)` and to the grid of `cfg`.
+    """Read a scan (NIfTI, or a series of DICOM) and bring it to HU, to `axes_of(cfg)` and to the grid of `cfg`.
 
     Args:
         metadata: the scan's row of a metadata table: RescaleSlope and RescaleIntercept for `hu`, XYSpacing
@@ -203,7 +205,10 @@ def metadata_columns(cfg: CtConfig) -> tuple[str, ...]:
 
 def settings_of(cfg: CtConfig) -> dict[str, Any]:
     """The settings as plain data, defaults of the preset filled in, as stores and checkpoints keep it."""
-    return config.unstructure(cfg) | {
+    settings = config.unstructure(cfg)
+    if cfg.tilt == "refuse":
+        del settings["tilt"]  # stores of earlier versions do not have it
+    return settings | {
         "size": list(size_of(cfg)),
         "spacing_mm": list(cfg.spacing_mm or _SPACINGS[cfg.preset]),
         "antialias": _antialias(cfg),
@@ -219,7 +224,7 @@ def _antialias(cfg: CtConfig) -> str:
 
 
 def _read_volume(
-    path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, fixed_scale: Scale | None = None
+    path: Source, cfg: CtConfig, row: Mapping[str, str] | None, fixed_scale: Scale | None = None
 ) -> tuple[Volume, Scale]:
     """Read the volume once, with `fixed_scale` or else the scale of its first slices.
 
@@ -227,6 +232,8 @@ def _read_volume(
         the volume, and the scale that all slices show.
     """
     with scans.open_scan(path) as (header, stored):
+        if cfg.tilt == "shear":
+            header, stored = scans.straighten(header, stored)
         # All that the header and the row can decide comes before any voxel is read.
         _refuse_header(header, row)
         # The file is flipped afterwards for `flip`: the reference resamples before it flips.

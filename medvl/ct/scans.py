@@ -1,5 +1,5 @@
-"""Read NIfTI scans, and those of RAD-ChestCT: the stored voxels in file order, the affine and the scale. No float copy, no
-reorientation, no guess.
+"""Read scans: the stored voxels in file order, the affine and the scale. No float copy, no reorientation, no
+guess. NIfTI and the scans of RAD-ChestCT are read here, DICOM series by `dicom`.
 
 x y z are the voxel axes as the file stores them; a `.gz` is told by its first bytes, not by its name.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from isal import isal_zlib
 from isal.igzip_lib import IsalError
 from nibabel.nifti1 import Nifti1Header
@@ -24,7 +24,9 @@ from nibabel.spatialimages import HeaderDataError
 
 from medvl.base import files
 from medvl.base.files import PathLike
-from medvl.ct import names, radchest
+from medvl.ct import dicom, names, radchest
+from medvl.ct.dicom import Source
+from medvl.ct.header import Header, Scan, ScanError
 
 SUFFIXES = (".nii", ".nii.gz", ".npz")  # of scans, .npz of RAD-ChestCT
 _QUIET = logging.Logger("quiet")  # nibabel logs what it also raises
@@ -41,66 +43,25 @@ _TOLERANCE = 0.01  # between lengths or angles that a header gives twice
 _SAME_AXIS = math.cos(math.radians(5))
 _DAMAGED: Any = (OSError, IsalError)
 _MAX_AFTER = 1 << 20  # bytes; nothing belongs there, some programs pad
-FROM_DICOM = (
-    "DICOM is not read; `dcm2niix -z y -f %j -o OUT FOLDER` makes one .nii.gz of each series in a folder: "
-    "take those of OUT"
-)
 
 
-class ScanError(ValueError):
-    """A file that cannot be used as a scan; the message names the file, what must hold and what was found."""
-
-
-@frozen(kw_only=True)
-class Header:
-    """The header of a scan.
-
-    scaled: scl_slope is usable (finite and not 0).
-    placed: a qform or sform is set, and is not the identity that programs write for a scan of unknown
-        position.
-    doubt: one sentence on how the header contradicts itself about lengths or axes; "" where it is consistent.
-    """
-
-    name: str
-    shape: tuple[int, int, int]  # x y z
-    dtype: np.dtype  # as stored, native byte order
-    affine: np.ndarray  # [4, 4] float64, voxel index -> mm in RAS+ (right, anterior, superior)
-    spacing_mm: tuple[float, float, float]  # x y z, the lengths of the affine's columns
-    slope: float = 1.0
-    intercept: float = 0.0
-    scaled: bool = False
-    placed: bool
-    doubt: str = ""
-
-
-@frozen(kw_only=True, eq=False)
-class Scan:
-    """A scan in memory. `voxels` [x, y, z] are Fortran-ordered, in the stored dtype, not scaled."""
-
-    header: Header
-    voxels: np.ndarray
-
-    @property
-    def name(self) -> str:
-        return self.header.name
-
-
-def read_scan(path: PathLike) -> Scan:
-    """Read a NIfTI-1 or -2 single file (`.nii`, `.nii.gz`), any byte order, any real scalar type.
+def read_scan(path: Source, series: str = "") -> Scan:
+    """Read a NIfTI-1 or -2 single file (`.nii`, `.nii.gz`), any byte order, any real scalar type; or one series
+    of DICOM slices in HU, see `dicom.open_series`.
 
     The affine follows nibabel's rule (sform, else qform, else pixdim alone), in mm whatever the unit in the
     header.
 
     Raises:
         ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable
-            affine or spacing, truncated, or damaged (gzip checksum).
+            affine or spacing, truncated, or damaged (gzip checksum); a series that is not one whole scan.
     """
-    with open_scan(path) as (header, slices):
+    with open_scan(path, series) as (header, slices):
         return Scan(header=header, voxels=stack_slices(header, slices))
 
 
 @contextmanager
-def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
+def open_scan(path: Source, series: str = "") -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
     """Open a scan: its header, and an iterator over its slices [x, y] in the order of the file's z axis.
 
     Slices are inflated as they are taken, so a volume that is used slice by slice is never whole in memory.
@@ -109,6 +70,10 @@ def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
     Raises:
         ScanError: as `read_scan`, on opening or while slices are taken.
     """
+    if series or not isinstance(path, PathLike) or dicom.is_series(path):
+        with dicom.open_series(path, series) as (header, slices):
+            yield evolve(header, doubt=_find_contradiction(header.affine, None, np.ones(3))), slices
+        return
     path = Path(path)
     try:
         files.check_regular(path)
@@ -186,14 +151,43 @@ def read_slice(path: PathLike, number: int | None) -> tuple[Header, np.ndarray]:
     return header, plane.T if first < second else plane
 
 
-def is_dicom(path: PathLike) -> bool:
-    """Whether a file begins as DICOM files do (PS3.10, 7.1)."""
-    try:
-        files.check_regular(path)
-        with open(path, "rb") as f:
-            return f.read(132)[128:] == b"DICM"
-    except (OSError, ValueError):
-        return False
+def straighten(header: Header, slices: Iterator[np.ndarray]) -> tuple[Header, Iterator[np.ndarray]]:
+    """A scan of a tilted gantry on axes at right angles; any other as it is.
+
+    Each slice is moved in its plane, linearly between voxels. Planes grow, so that nothing is cut off; where
+    a slice does not reach they have its lowest value, which is air or padding.
+    """
+    x, y, z = header.affine[:3, :3].T
+    normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
+    straight = normal * (z @ normal)
+    if np.linalg.norm(z - straight) <= _TOLERANCE * np.linalg.norm(z):
+        return header, slices
+    # Voxels [2] from one slice to the next, and of the first and last from where the planes now begin.
+    shift = np.array([z @ x / (x @ x), z @ y / (y @ y)])
+    span = shift * (header.shape[2] - 1)
+    start = np.minimum(span, 0)
+    columns, rows = (int(n) for n in header.shape[:2] + np.ceil(abs(span)))
+    affine = header.affine.copy()
+    affine[:3, 2] = straight
+    affine[:3, 3] += x * start[0] + y * start[1]
+    header = evolve(
+        header,
+        shape=(columns, rows, header.shape[2]),
+        affine=affine,
+        spacing_mm=tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()),
+        doubt=_find_contradiction(affine, None, np.ones(3)),
+    )
+
+    def moved() -> Iterator[np.ndarray]:
+        from scipy.ndimage import affine_transform
+
+        for i, plane in enumerate(slices):
+            low, offset = float(plane.min()), start - i * shift
+            kept = {"order": 1, "mode": "grid-constant", "cval": low, "output": np.float64}
+            values = affine_transform(plane, np.ones(2), offset, (columns, rows), **kept)
+            yield (values.round() if plane.dtype.kind in "iu" else values).astype(plane.dtype)
+
+    return header, moved()
 
 
 @frozen
@@ -393,7 +387,7 @@ def _find_contradiction(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm:
         degrees = math.degrees(math.acos(np.clip(cosines[i, j], -1, 1)))
         return (
             f"its affine is sheared: the axes {'xyz'[i]} and {'xyz'[j]} are at {degrees:.1f} degrees and "
-            "must be at 90 (a tilted gantry?); resample it to right angles first (dcm2niix does so)"
+            f"must be at 90 (a gantry tilted by {abs(90 - degrees):.1f} degrees?); tilt='shear' resamples it"
         )
     if spacing.min() < _VOXEL_MM[0] or spacing.max() > _VOXEL_MM[1]:
         return (
@@ -446,9 +440,6 @@ def _raw_header(head: bytes, path: Path) -> Any:
     kind, magic = Nifti1Header, b"n+1"
     if size == 540:
         kind, magic = Nifti2Header, b"n+2"
-    # Before the message that it is no NIfTI: this one says what to do.
-    if head[128:132] == b"DICM":
-        raise ScanError(f"{path}: is a DICOM file; {FROM_DICOM}")
     if size != kind.sizeof_hdr or len(head) < size:
         raise ScanError(
             f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with "
@@ -500,11 +491,6 @@ def _read_dtype(raw: Any, path: Path) -> np.dtype:
 
 
 def _read_error(path: Path, e: Exception) -> ScanError:
-    if isinstance(e, IsADirectoryError):
-        return ScanError(
-            f"{path}: cannot be read ({e.strerror}); a scan is one .nii or .nii.gz file. "
-            f"If it holds DICOM: {FROM_DICOM}"
-        )
     if isinstance(e, OSError) and e.errno is not None:
         return ScanError(f"{path}: cannot be read ({e.strerror})")
     return ScanError(f"{path}: is damaged: {e}; copy the file again")

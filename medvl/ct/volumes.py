@@ -1,12 +1,13 @@
 """Preprocessed volumes in a store: what a row says of its volume, and whether its scan is still the same."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from medvl.base import files, store
 from medvl.base.display import track
 from medvl.base.store import Store
-from medvl.ct import preprocess
+from medvl.ct import dicom, preprocess
 from medvl.ct.preprocess import CtConfig, Volume
 
 FIELDS = (  # of a row, beside its name: what `Volume` knows
@@ -62,7 +63,7 @@ def check_sources(volumes: Store, scans: Mapping[str, Path]) -> None:
     stored = set(volumes.names)
     replaced = []
     for name, path in track(scans.items(), "comparing scans"):
-        if name in stored and path.is_file() and not _is_source(volumes, name, path):
+        if name in stored and dicom.split(path)[0].exists() and not _is_source(volumes, name, path):
             replaced.append(name)
     if replaced:
         raise ValueError(
@@ -72,21 +73,31 @@ def check_sources(volumes: Store, scans: Mapping[str, Path]) -> None:
 
 
 def _is_source(volumes: Store, name: str, path: Path) -> bool:
-    row, stat = volumes.row(name), path.stat()
-    if (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+    row = volumes.row(name)
+    if (row["source_bytes"], row["source_mtime_ns"]) == _size_and_time(path):
         return True
     # A copy of the same file has another time, so only its content tells.
-    return row["source_digest"] == files.file_digest(path)
+    return row["source_digest"] == _digest(path)
+
+
+def _size_and_time(source: Path) -> tuple[int, int]:
+    """Bytes of all files that a scan is read from, and the latest time of a change to one, in ns."""
+    stats = [path.stat() for path in dicom.source_files(source)]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def _digest(source: Path) -> str:
+    digests = [files.file_digest(path) for path in dicom.source_files(source)]
+    # Sorted: files of a series may be renamed.
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 def write_volume(volumes: Store, name: str, volume: Volume, source: Path) -> None:
     """Write a volume and its row into the room that `reserve_volumes` made for this name."""
     row = {field: getattr(volume, field) for field, *_ in FIELDS}
     if keeps_sources(volumes):
-        stat = source.stat()
-        row["source_bytes"] = stat.st_size
-        row["source_mtime_ns"] = stat.st_mtime_ns
-        row["source_digest"] = files.file_digest(source)
+        row["source_bytes"], row["source_mtime_ns"] = _size_and_time(source)
+        row["source_digest"] = _digest(source)
     store.put(volumes, name, volume.voxels, row)
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medvl.base.dicom import BROKEN, no_warnings
 from medvl.documents.read_page import read_page
 from medvl.documents.redact import Redacted, mask_of, redact_page
 from medvl.documents.words import Word
-from medvl.language.dicom_image import BROKEN, no_warnings, read_size
+from medvl.language.dicom_image import read_size
 from medvl.language.images import open_image
 
 _MOST_FRAMES = 64  # each is read twice or more, 3 s each time

@@ -4,14 +4,12 @@ import functools
 import io
 import logging
 import os
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from medvl.base.dicom import BROKEN, MISSING, check_syntax, coded_shape
 
 _log = logging.getLogger(__name__)
 # What is read of a file. Names, dates and numbers of patients are passed over, so that no message can hold
@@ -38,20 +36,6 @@ _TAGS = [
     "VOILUTFunction",
     "SharedFunctionalGroupsSequence",
 ]
-_DEFLATED = "1.2.840.10008.1.2.1.99"  # would be unpacked whole before anything is known of its size
-_MISSING = "is a DICOM file, which needs pydicom; pip install 'medvl[dicom]'"
-# What pydicom and its decoders raise on broken files.
-BROKEN = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 
 
 def read_dicom(
@@ -86,7 +70,7 @@ def read_dicom(
         from pydicom import pixels
         from pydicom.errors import InvalidDicomError
     except ImportError as e:
-        raise ValueError(f"{where}: {_MISSING}") from e
+        raise ValueError(f"{where}: {MISSING}") from e
     try:
         size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
         # A bound on what is read at all, before anything is parsed: uncompressed colours of 16 bits take 6
@@ -121,27 +105,12 @@ def read_size(content: bytes, where: str) -> tuple[int, int, int]:
     try:
         from pydicom.errors import InvalidDicomError
     except ImportError as e:
-        raise ValueError(f"{where}: {_MISSING}") from e
+        raise ValueError(f"{where}: {MISSING}") from e
     try:
         image = _parse(content)
         return int(image.get("NumberOfFrames") or 1), int(image.Columns), int(image.Rows)
     except (InvalidDicomError, *BROKEN) as e:
         raise ValueError(f"{where}: this DICOM file cannot be read: {e}") from e
-
-
-@contextmanager
-def no_warnings() -> Iterator[None]:
-    """Drop warnings and log lines while the block lasts, of all threads: pydicom quotes the value that it does not
-    like, and Pillow logs the tags of TIFF for debugging.
-    """
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def window_greys(greys: np.ndarray, black: float, white: float) -> np.ndarray:
@@ -157,24 +126,9 @@ def window_greys(greys: np.ndarray, black: float, white: float) -> np.ndarray:
 
 def _parse(content: bytes) -> Any:
     """The data set of a file whose transfer syntax is one that is read, and which holds pixels."""
-    from pydicom import dcmread, filereader, pixels
+    from pydicom import dcmread
 
-    file = io.BytesIO(content)
-    # Only the file meta information, group 0002, is read here: dcmread would unpack a deflated data set at
-    # once.
-    filereader.read_preamble(file, force=False)
-    syntax = filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2).get(
-        "TransferSyntaxUID", ""
-    )
-    try:
-        known = syntax != _DEFLATED and pixels.get_decoder(syntax).is_available
-    except NotImplementedError:
-        known = False
-    if not known:
-        name = getattr(syntax, "name", syntax) or "none"
-        raise ValueError(
-            f"its transfer syntax ({name}) is not read; pip install 'medvl[dicom]', or write it uncompressed"
-        )
+    check_syntax(io.BytesIO(content))
     # The same bytes from their beginning again, now that the transfer syntax is one that may be read.
     image = dcmread(io.BytesIO(content), specific_tags=_TAGS)
     if "PixelData" not in image:
@@ -201,7 +155,7 @@ def _checked(content: bytes, most: int, frame: int | None) -> Any:
     shape = image.Rows, image.Columns, image.SamplesPerPixel
     # A decoder takes room by what the coded picture says.
     if syntax.is_encapsulated and "RLE" not in syntax.name:
-        coded = _coded_shape(get_frame(image.PixelData, frame or 0, number_of_frames=frames))
+        coded = coded_shape(get_frame(image.PixelData, frame or 0, number_of_frames=frames))
         if coded != shape:
             raise ValueError(
                 f"rows, columns and samples must be {coded} as those of its coded picture, got {shape}"
@@ -211,29 +165,6 @@ def _checked(content: bytes, most: int, frame: int | None) -> Any:
             f"must have at most {most} pixels, got {image.Columns} x {image.Rows}; make it smaller"
         )
     return image
-
-
-def _coded_shape(frame: bytes) -> tuple[int, int, int]:
-    """(rows, columns, samples) by the header of JPEG, JPEG-LS or JPEG 2000.
-
-    Source: ITU-T T.81, B.2.2; T.87, C.2.2; T.800, A.5.1.
-    """
-    if frame.startswith(b"\xff\x4f\xff\x51"):
-        # Behind the markers SOC and SIZ (2 bytes each), Lsiz and Rsiz: the far corner and the offset of the
-        # image; 16 bytes on sizes of tiles are passed over.
-        right, bottom, left, top, samples = struct.unpack_from(">4I16xH", frame, 8)
-        return bottom - top, right - left, samples
-    if not frame.startswith(b"\xff\xd8"):
-        raise ValueError("its coded picture begins with none of the markers of JPEG, JPEG-LS and JPEG 2000")
-    at = 2
-    while True:
-        marker, length, _, rows, columns, samples = struct.unpack_from(">HHBHHB", frame, at)
-        # Start of frame: SOF55 of JPEG-LS, or one of JPEG's. C4 (DHT), C8 (reserved) and CC (DAC) lie among
-        # those and are no frames.
-        if marker == 0xFFF7 or (0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)):
-            return rows, columns, samples
-        # The length of a segment counts its own two bytes and not those of the marker.
-        at += 2 + length
 
 
 def _colours(values: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:

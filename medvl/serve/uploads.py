@@ -16,6 +16,7 @@ from typing import Any
 from attrs import field, frozen
 from PIL import Image
 
+from medvl.base.dicom import no_warnings
 from medvl.base.files import READ_ERRORS
 from medvl.language import dicom_image
 from medvl.language.images import open_image, to_rgb
@@ -186,7 +187,7 @@ def _check_pixels(pixels: int, limits: Limits) -> None:
 def _refusing(name: str) -> Iterator[None]:
     """Turn what decoders raise into a `Refused` that begins with `name` and quotes nothing."""
     try:
-        with dicom_image.no_warnings():
+        with no_warnings():
             yield
     except Refused:
         raise

@@ -146,13 +146,9 @@ RAW = {"low": 0, "high": 2000}
 BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     # scans
     "no such file": (lambda t: read_scan(t / "a.nii"), "cannot be read .No such file"),
-    "a folder": (lambda t: read_scan(t), "cannot be read .Is a directory"),
+    "a folder": (lambda t: read_scan(t), "holds no slices in DICOM"),
     "a pipe": (lambda t: read_scan(_pipe(t)), "must be a file, found a pipe"),
-    "a DICOM file": (lambda t: read_scan(_dicom(t)), "is a DICOM file; .*dcm2niix"),
-    "a folder of slices": (
-        lambda t: read_scan(_dicom(t).parent),
-        "Is a directory.; a scan is one .nii or .nii.gz file. .*dcm2niix",
-    ),
+    "a DICOM file": (lambda t: read_scan(_dicom(t)), "is damaged: its header ends early"),
     "an empty file": (lambda t: read_scan(_bytes(t, "a.nii", b"")), "is empty"),
     "a text file": (
         lambda t: read_scan(_text(t, "a.nii", "x" * 1000)),
@@ -347,10 +343,9 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         "spacing_mm must be .. or three positive numbers",
     ),
     # folders and tables
-    "a folder without scans": (lambda t: _run(t, t), "holds no .nii, .nii.gz or .npz file"),
-    "a folder of DICOM": (
-        lambda t: _run(t, _dicom(t).parent),
-        "holds no .nii, .nii.gz or .npz file, but 2 files of DICOM; .*dcm2niix",
+    "a folder without scans": (
+        lambda t: _run(t, t),
+        "holds no .nii, .nii.gz, .npz file and no series of DICOM",
     ),
     "no such folder": (lambda t: _run(t, t / "nowhere"), "nowhere: no such file"),
     "two scans of one name": (
@@ -530,14 +525,14 @@ def test_metadata_rows_and_csv_sources(tmp_path):
     ]
 
 
-def test_a_pipe_among_scans_costs_one_scan_and_dicom_beside_scans_is_told(tmp_path, caplog):
+def test_a_pipe_among_scans_costs_one_scan_and_so_does_dicom_beside_it(tmp_path):
     source = _folder(tmp_path, "b.nii")
     os.mkfifo(source / "a.nii")
     (source / "c.dcm").write_bytes(bytes(128) + b"DICM")
     summary = _run(tmp_path, source)
-    assert (summary.done, list(summary.rejected)) == (1, ["a"])
+    assert (summary.done, list(summary.rejected)) == (1, ["a", "in"])
     assert "found a pipe" in summary.rejected["a"]
-    assert "1 files of DICOM are left out" in caplog.text
+    assert "must be a file, found a pipe" in summary.rejected["in"]
 
 
 def test_what_a_killed_run_left_beside_the_store_is_removed(tmp_path):
