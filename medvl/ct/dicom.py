@@ -241,7 +241,7 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
         start, tag = f.tell(), f.read(4)
     # Reports, plans and directories (DICOMDIR) have a class and no picture.
     if "Rows" not in data and (not _class_of(data) or _is_ct(data)):
-        raise ScanError(f"{name}: is damaged: its header ends early; copy it again")
+        raise ScanError(f"{name}: is a damaged DICOM file: its header ends early; copy it again")
     if "Rows" not in data:
         return []
     if tag not in _PIXELS:

@@ -149,7 +149,7 @@ def _faults_of_v2(folder, paths):
         "metres": (lambda p: _edit_header(p, 123, b"\1"), "are its unit .* right"),
         "a contradiction": (lambda p: _edit_header(p, 80, _float32(3.0)), "its header contradicts itself"),
         "colours": (lambda p: _edit_header(p, 70, np.array([128, 24], "<i2").tobytes()), "found colours"),
-        "DICOM": (lambda p: p.write_bytes(bytes(128) + b"DICM" + bytes(900)), "is a DICOM file"),
+        "DICOM": (lambda p: p.write_bytes(bytes(128) + b"DICM" + bytes(900)), "is a damaged DICOM file"),
         "not a number": (
             lambda p: _write(p, np.full(SHAPE, np.nan), dtype=np.float32),
             "not finite numbers",

@@ -148,7 +148,7 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     "no such file": (lambda t: read_scan(t / "a.nii"), "cannot be read .No such file"),
     "a folder": (lambda t: read_scan(t), "holds no slices in DICOM"),
     "a pipe": (lambda t: read_scan(_pipe(t)), "must be a file, found a pipe"),
-    "a DICOM file": (lambda t: read_scan(_dicom(t)), "is damaged: its header ends early"),
+    "a DICOM file": (lambda t: read_scan(_dicom(t)), "is a damaged DICOM file: its header ends early"),
     "an empty file": (lambda t: read_scan(_bytes(t, "a.nii", b"")), "is empty"),
     "a text file": (
         lambda t: read_scan(_text(t, "a.nii", "x" * 1000)),
