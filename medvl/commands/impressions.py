@@ -89,23 +89,40 @@ def fill_impressions(
 
 def _ask_all(backend: Backend, requests: Sequence[Request], journal: Path) -> list[progress.Line]:
     backend.workers[:] = [worker for worker in backend.workers if worker.name == "model"]  # no pages are read
-    size, engine = backend.cfg.queue, backend.language_engine()
-    batches = [range(len(requests))[i : i + size] for i in range(0, len(requests), size)]
+    engine, gate = backend.language_engine(), asyncio.Semaphore(backend.cfg.queue)
+    tasks = dict[int, asyncio.Task[progress.Line]]()
 
-    async def ask(batch: Sequence[int]) -> list[progress.Line]:
+    async def gated(request: Request) -> progress.Line:
+        async with gate:
+            return await _ask(engine, request)
+
+    async def ask(rows: Sequence[int]) -> list[progress.Line]:
+        """The answer to one request, while those to the next ones are on their way."""
+        (first,) = rows
         for worker in backend.workers:
             if worker.state == "new":
                 worker.start()
         await backend.wait_ready()
-        return await asyncio.gather(*(_ask(engine, requests[i]) for i in batch))
+        # Answers are kept in order; so many ahead, one that is slow holds nobody up.
+        for row in range(first, min(first + 4 * backend.cfg.queue, len(requests))):
+            if row not in tasks:
+                tasks[row] = asyncio.create_task(gated(requests[row]))
+        return [await tasks[first]]
 
+    async def close() -> None:
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        await backend.close()
+
+    one_by_one = [[row] for row in range(len(requests))]
     with asyncio.Runner() as runner:
         try:
             return progress.run_batches(
-                journal, batches, lambda batch: runner.run(ask(batch)), title="impressions"
+                journal, one_by_one, lambda rows: runner.run(ask(rows)), title="impressions"
             )
         finally:
-            runner.run(backend.close())
+            runner.run(close())
 
 
 async def _ask(engine: Engine, request: Request) -> progress.Line:
