@@ -4,13 +4,14 @@ import csv
 import hashlib
 import json
 import logging
-import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from medvl.language.templates import TEMPLATES
 from tests import tiny
 
 pytest.importorskip("httpx")
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "Jane Q Planted"
 
 
@@ -256,21 +258,15 @@ def test_kill_nine_of_the_client_and_the_end_of_the_server_lose_no_scan(tmp_path
     for path, lines in ((tmp_path / "r.csv", rows), (tmp_path / "train.csv", shots)):
         files.write_csv(path, [dict(zip(columns, line, strict=True)) for line in lines], columns)
     server, out = Server(), tmp_path / "done.csv"
-    server.pause_s, port, asked = 0.05, server.http.server_port, []
-    command = [
-        sys.executable,
-        "-m",
-        "invoke",
-        "impressions",
-        "--table",
-        str(tmp_path / "r.csv"),
-        "--examples",
-    ]
-    command += [str(tmp_path / "train.csv"), "--out", str(out), "--engine", server.url, "--in-flight", "4"]
+    server.pause_s, port = 0.05, server.http.server_port
+    options = {"table": tmp_path / "r.csv", "examples": tmp_path / "train.csv", "out": out}
+    options |= {"engine": server.url, "in-flight": 4}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "invoke", "impressions", *flags]
     log = (tmp_path / "log").open("w")
 
     def start():
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
     def kept():
         text = b"".join(path.read_bytes() for path in tmp_path.glob("*.answers.jsonl"))
@@ -281,35 +277,36 @@ def test_kill_nine_of_the_client_and_the_end_of_the_server_lose_no_scan(tmp_path
             assert client.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.005)
 
-    before = 0
+    marks = []
     for count in (20, 45):
         client = start()
         until(count)
         client.kill()  # SIGKILL
         client.wait()
-        asked, server.asked = [*asked, *server.asked], []
-        assert len(kept()) >= max(count, before)
-        before = len(kept())
+        marks.append(([line["row"] for line in kept()], len(server.asked)))
+        assert len(marks[-1][0]) >= count
         assert not out.exists()
     client = start()
     until(65)
     server.close()
-    asked += server.asked
     time.sleep(0.3)
-    server = Server(port)
+    second = Server(port)
     try:
         assert client.wait() == 0, (tmp_path / "log").read_text()
     finally:
-        server.close()
-    asked += server.asked
-    calls = Counter(asked)
-    assert len(calls) == 100
-    # Only what was under way at one of three ends is asked for again: at most four requests each.
-    assert sum(calls.values()) - 100 <= 3 * 4
+        second.close()
+    asked = [
+        int(re.search(r"Findings (\d+)\.\nImpression:$", prompt)[1]) for prompt in server.asked + second.asked
+    ]
+    assert {*asked} == {*range(100)}
+    for rows_kept, mark in marks:
+        assert not {*asked[mark:]} & {*rows_kept}
+    # What was under way, or ahead of its turn to be kept, at one of the three ends.
+    assert len(asked) - 100 <= 3 * 16
     done = read(out)
     assert [row["VolumeName"] for row in done] == [row[0] for row in rows]
     assert {row["Impression_source"] for row in done} == {"generated"}
-    told = {answer_to(prompt).removeprefix("Impression: "): prompt for prompt in calls}
+    told = {answer_to(prompt).removeprefix("Impression: "): prompt for prompt in server.asked + second.asked}
     for row in done:
         assert f"\nFindings: {row['Findings_EN']}\n" in told[row["Impressions_EN"]]  # of its own scan
     assert len(json.loads(out.with_suffix(".json").read_text())) == 200
