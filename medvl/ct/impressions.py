@@ -19,7 +19,7 @@ _MARK = r"(?:[-*•]|\d{1,2}[.)])"  # of a list
 _RULES = (
     (r"\n\s*(?:Example \d+:|Findings:).*", ""),  # it goes on with examples of its own
     (r"\*\*|__", ""),
-    (r"\A[^\n:]{0,60}\bhere(?:'s|’s| is| are)\b[^\n:]{0,100}:\s*", ""),
+    (r"\A[^\n:]{0,100}\b(?:here(?:'s|’s| is| are)\b[^\n:]{0,100}|(?:as follows|following))\s*:\s*", ""),
     (r"\A\W*(?:(?:final|overall|concise) )?(?:impressions?|conclusion|summary|answer)\s*:\s*", ""),
     (rf"(?<=[\w)%])\s*\n\s*{_MARK}\s+", ". "),  # items become sentences
     (rf"(?:\A|\n)\s*{_MARK}(?:\s+|\Z)", "\n"),

@@ -36,6 +36,9 @@ class RemoteEngine:
     _backoff_s: float
     _most: int  # requests at a time
     _pending: int = 0
+    _has_warned: bool = (
+        False  # that tokens are not counted; once, as it is of the server and not of an answer
+    )
 
     async def stream(self, request: Request) -> AsyncGenerator[Piece | End, None]:
         """As `Engine.stream`. Closing the iterator closes the connection, at which the server stops too."""
@@ -75,7 +78,8 @@ class RemoteEngine:
         reason = _reason(finish)
         if request.schema is not None and reason != "length":
             _check_json(text, request.schema)
-        if not usage:
+        if not usage and not self._has_warned:
+            self._has_warned = True
             _log.warning("remote: the server does not count tokens (stream_options.include_usage)")
         is_named = request.adapter not in ("", "base")
         yield End(

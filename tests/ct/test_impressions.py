@@ -91,6 +91,7 @@ def test_a_table_whose_labels_are_evaluated_is_refused_unless_it_is_for_training
         ("  No acute\n disease. ", "No acute disease."),
         ("Here's a concise impression:\n\nNo acute disease.", "No acute disease."),
         ("Based on the findings, here is the impression:\n**Impression:** Emphysema.", "Emphysema."),
+        ("The findings are as follows:\n* Emphysema.", "Emphysema."),
         ("**Impression:**\n1. Emphysema\n2. 5 mm nodule.\n", "Emphysema. 5 mm nodule."),
         ("- Emphysema.\n- **Nodule** (5 mm)\n- Effusion", "Emphysema. Nodule (5 mm). Effusion"),
         ("Final impression: Cardiomegaly.", "Cardiomegaly."),
