@@ -113,8 +113,11 @@ def _examine(job: tuple[str, Path, Mapping[str, str] | None]) -> dict[str, str]:
             spacing, scale = preprocess.examine_scan(header, slices, metadata)
         row |= {"spacing_mm": _by_axis(spacing), "hu": scale.rule}
     except ScanError as e:
-        # Path and name have columns of their own.
-        row["refused"] = str(e).removeprefix(f"{path}: ").removeprefix(f"{name}: ")
+        # The page shows reasons without files, whose names may say who the patient is.
+        row["refused"] = str(e)
+        where, _, reason = str(e).partition(": ")
+        if where.startswith(str(path.parent)) or where in (name, path.name):
+            row["refused"] = reason
     return row
 
 

@@ -155,13 +155,11 @@ def examine_scan(
     first slices; ScanError for what `preprocess_scan` refuses.
     """
     cfg = CtConfig(spacing_from="header" if header.placed else "metadata")
-    _refuse_header(header, metadata)
-    _orientation(header, metadata)
-    spacing = _spacing(cfg, header, metadata)
+    perm, _, _, spacing, _ = _plan(cfg, header, metadata)
     sample: list[np.ndarray] = []
     slices = _sample_slices(_check_finite(header, slices), sample)
     scale, _ = _first_scale(cfg, header, slices, sample, metadata)
-    return spacing, scale
+    return tuple(spacing[perm.index(axis)] for axis in range(3)), scale
 
 
 def to_hu(voxels: Any) -> Any:
@@ -235,18 +233,7 @@ def _read_volume(
         if cfg.tilt == "shear":
             header, stored = scans.straighten(header, stored)
         # All that the header and the row can decide comes before any voxel is read.
-        _refuse_header(header, row)
-        # The file is flipped afterwards for `flip`: the reference resamples before it flips.
-        target_axes = "SAR" if cfg.flip else axes_of(cfg)
-        # perm[i] is the file axis that becomes output axis i.
-        perm, flips = _order_axes(_orientation(header, row), target_axes)
-        file_spacing = _spacing(cfg, header, row)
-        shape = _three(header.shape[p] for p in perm)
-        spacing = _three(file_spacing[p] for p in perm)
-        try:
-            grid = _make_grid(cfg, shape, spacing)
-        except ValueError as e:
-            raise ScanError(f"{path}: {e}") from e
+        perm, flips, shape, spacing, grid = _plan(cfg, header, row)
         # A chain of generators: each slice is checked and sampled on its way to the resampling.
         sample: list[np.ndarray] = []
         slices = _iter_along(header, stored, perm)
@@ -283,6 +270,23 @@ def _read_volume(
         intercept=scale.intercept,
     )
     return volume, final
+
+
+def _plan(
+    cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None
+) -> tuple[list[int], list[bool], tuple[int, int, int], tuple[float, float, float], list[grids.Axis]]:
+    """Of each output axis: the file axis that it is, whether that runs backwards, its voxels, mm and grid."""
+    _refuse_header(header, row)
+    # The file is flipped afterwards for `flip`: the reference resamples before it flips.
+    target_axes = "SAR" if cfg.flip else axes_of(cfg)
+    perm, flips = _order_axes(_orientation(header, row), target_axes)
+    file_spacing = _spacing(cfg, header, row)
+    shape = _three(header.shape[p] for p in perm)
+    spacing = _three(file_spacing[p] for p in perm)
+    try:
+        return perm, flips, shape, spacing, _make_grid(cfg, shape, spacing)
+    except ValueError as e:
+        raise ScanError(f"{header.name}: {e}") from e
 
 
 def _resample_into(

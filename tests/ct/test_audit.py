@@ -257,3 +257,28 @@ def test_unusable_tables_end_in_one_sentence(tmp_path):
     files.write_csv(tmp_path / "17.csv", labels, labels[0])
     with pytest.raises(ValueError, match="must have the column 'Emphysema', found 'VolumeName', 'Medical"):
         reports.read_labels(tmp_path / "17.csv", reports.FINDINGS)
+
+
+def test_series_of_dicom_are_audited_too(tmp_path):
+    series = Path(__file__).parents[2] / "../shared/data/ct/dicom/cip_ct64_series"
+    if not series.exists():
+        pytest.skip("no shared data")
+    for i, path in enumerate(sorted(series.iterdir())):
+        if i < 12:
+            (tmp_path / "dicom" / "a").mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "dicom" / "a" / path.name)
+        if i == 0 or i == 12:
+            (tmp_path / "dicom" / "b").mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "dicom" / "b" / path.name)
+    _write(tmp_path / "dicom" / "flat.nii.gz", _hu(0)[:, :, :2], np.diag([-0.7, -0.7, 0.7, 1.0]))
+    a, b, flat = audit.audit_scans(ingest.list_scans(tmp_path / "dicom"), {}, {})
+    assert (a["name"], a["shape"], a["header"], a["hu"], a["faults"]) == (
+        "a",
+        "64 x 64 x 12",
+        "placed",
+        "stored",
+        "",
+    )
+    assert b["name"] == "b"
+    assert str(tmp_path) not in b["refused"] + b["faults"]
+    assert flat["refused"].startswith("is smaller than one output voxel")
