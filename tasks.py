@@ -123,6 +123,7 @@ OF_IMAGE = {
     "page": "which page, frame or slice of the image file, from 0",
     "window": "black,white of greys of more than 8 bits, e.g. --window=-160,240",
 }
+OF_CLUSTER = "instead of one machine's processes: tcp://HOST:PORT of a Dask scheduler, or local:N processes"
 OF_PLUGIN = {
     "tower": "with --plugin: name or folder of CLIP",
     "quantize": "with --plugin: nf4 or fp4 for a base of four bits",
@@ -335,16 +336,19 @@ def experiments(c):
         "workers": "processes",
         "sheet": "also write a contact sheet of middle slices to this PNG",
         "exclude": "text file of volumes to leave out, one a line (CT-RATE's no_chest_train.txt)",
+        "cluster": OF_CLUSTER,
     },
     iterable=["set_"],
 )
-def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", sheet="", exclude=""):
+def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", sheet="", exclude="", cluster=""):
     """Bring a folder of CT scans into a store; exit status 3 when scans were rejected."""
     _needs(source=source, out=out)
     from medvl.commands import ct
 
     num_workers = _whole("workers", workers, 1, 1024)
-    status = _call(ct.fill_store, source, out, exp, set_ or (), metadata, num_workers, sheet, exclude)
+    status = _call(
+        ct.fill_store, source, out, exp, set_ or (), metadata, num_workers, sheet, exclude, cluster
+    )
     sys.exit(status)
 
 

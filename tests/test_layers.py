@@ -15,6 +15,7 @@ HTTP = ("api", "forms", "http", "responses", "site", "page_routes", "chat_routes
 DOORS = {  # a heavy package, and the only files that import it
     "transformers": ("hub",),
     "bitsandbytes": ("weights/four_bit.py",),
+    **dict.fromkeys(("dask", "distributed"), ("base/cluster.py",)),
     "cattrs": ("base/config.py",),
     "pydicom": ("base/dicom.py", "ct/dicom.py", "language/dicom_image.py", "documents/redact_dicom.py"),
     "datasets": ("documents/source_rows.py",),

@@ -3,17 +3,21 @@
 Layout (`rows` says how it is written): dataset `arrays` [n, *shape]; dataset `rows` [n], whose fields are
 `name`, `content` (a digest of the array; stores of earlier versions lack it), the caller's fields and, last,
 `done`.
+
+Machines must not write into one file over a network. For them a store is a folder: `index.h5` has room for
+all names, and each process that writes has a file of the same names beside it, a shard.
 """
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from medvl.base import files, rows
 from medvl.base.config import differences
@@ -22,6 +26,7 @@ from medvl.base.rows import Rows
 
 _KIND = rows.Kind(format="medvl-store", version=1, noun="arrays")
 _OWN = ("name", "content", "done")  # fields of a row that are not the caller's
+_INDEX = "index.h5"  # in a folder of shards
 
 
 @frozen(kw_only=True, eq=False)
@@ -38,6 +43,7 @@ class Store:
     names: tuple[str, ...]
     fields: tuple[str, ...]  # of a row, those that are the caller's
     _rows: Rows = field(alias="rows", repr=False)
+    _shards: dict[str, Rows] = field(alias="shards", factory=dict, repr=False)  # which of them has a name
 
     def read(self, name: str, first: int = 0, stop: int | None = None) -> np.ndarray:
         """The array of `name`, or its entries first:stop along the first axis; a fresh copy.
@@ -47,9 +53,10 @@ class Store:
         """
         first, stop, _ = slice(first, stop).indices(self.shape[0])
         entry = prod(self.shape[1:])
-        self._rows.record(name)  # refuses what is not there
-        start = (self._rows.index[name] * self.shape[0] + first) * entry
-        return self._rows.read("arrays", start, (max(0, stop - first), *self.shape[1:]))
+        holder = self._holder(name)
+        holder.record(name)  # refuses what is not there
+        start = (holder.index[name] * self.shape[0] + first) * entry
+        return holder.read("arrays", start, (max(0, stop - first), *self.shape[1:]))
 
     def row(self, name: str) -> dict[str, Any]:
         """The caller's fields of `name`: str, int, float or tuples of them.
@@ -57,7 +64,7 @@ class Store:
         Raises:
             ValueError: no such name, or not written yet.
         """
-        record = self._rows.record(name)
+        record = self._holder(name).record(name)
         return {key: _plain(record[key]) for key in self.fields}
 
     def content(self, name: str) -> str:
@@ -68,7 +75,10 @@ class Store:
         """
         if "content" not in (self._rows.table.dtype.names or ()):
             return _digest(self.read(name))
-        return self._rows.record(name)["content"].decode()
+        return self._holder(name).record(name)["content"].decode()
+
+    def _holder(self, name: str) -> Rows:
+        return self._shards.get(name, self._rows)
 
 
 def create(
@@ -89,7 +99,8 @@ def create(
     Raises:
         ValueError: the file exists, no names, repeated names, or a field called name, content or done.
     """
-    if Path(path).exists():
+    path = main_file(path)
+    if path.exists():
         raise ValueError(f"{path}: exists already; open it, or remove it first")
     caller = np.dtype([_little(f) for f in fields])
     table = _empty_table(path, names, caller)
@@ -102,17 +113,14 @@ def grow(path: PathLike, names: Iterable[str]) -> None:
 
     Nobody may write to the store meanwhile; readers that have it open are told to open it again.
     """
+    path = main_file(path)
     old = open_store(path)
     index = old._rows.index
     added = sorted(set(names) - set(index))
     if not added:
         return
-    dtype = old._rows.table.dtype
-    caller = np.dtype([_described(dtype, name) for name in _fields(dtype)])
-    table = _empty_table(path, [*index, *added], caller)
     with files.atomic(path) as tmp:
-        _write_empty(tmp, table, old.shape, old.dtype, old.settings)
-        new = open_store(tmp)
+        new = _write_like(old, tmp, [*index, *added])
         size = prod(old.shape)
         for name in old.names:
             record = _record(new, name, old.content(name), old.row(name))
@@ -129,7 +137,7 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
         ValueError: no such file, not a store, truncated, another version, or other settings (all differences
             are listed).
     """
-    opened = rows.open_rows(path, _KIND, ["arrays"])
+    opened, shards = rows.open_rows(main_file(path), _KIND, ["arrays"]), dict[str, Rows]()
     if expect is not None:
         wanted = json.loads(json.dumps(expect))
         different = differences(wanted, opened.settings)
@@ -138,16 +146,50 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
                 f"{path}: was made with other settings (wanted / found): {'; '.join(different)}. "
                 "Use these settings, or another file"
             )
+    if Path(path).is_dir():
+        for file in sorted(Path(path).glob("*.h5")):
+            shard = open_store(file, expect=opened.settings)
+            # A name that two hold, since the first worker was lost before it could say so, counts once.
+            shards |= dict.fromkeys(shard.names, shard._rows)
+        opened = evolve(opened, names=tuple(name for name in opened.index if name in shards))
     arrays = opened.datasets["arrays"]
     return Store(
-        path=opened.path,
+        path=Path(path),
         settings=opened.settings,
         shape=arrays.shape[1:],
         dtype=arrays.dtype,
         names=opened.names,
         fields=_fields(opened.table.dtype),
         rows=opened,
+        shards=shards,
     )
+
+
+def main_file(path: PathLike) -> Path:
+    """The file of a store that has room for all names: the store itself, or the index in a folder of shards."""
+    return Path(path) / _INDEX if Path(path).is_dir() else Path(path)
+
+
+def begin_shards(path: PathLike) -> None:
+    """Let the store at `path` be a folder of shards, in which `create` makes the index.
+
+    Raises:
+        ValueError: it is one file already.
+    """
+    if Path(path).is_file():
+        raise ValueError(
+            f"{path}: is one file, which machines must not share; go on without a cluster, or remove it"
+        )
+    Path(path).mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(path)
+
+
+def open_shard(path: PathLike) -> Store:
+    """A new file in a folder of shards, for this process to `put` any of the store's names into."""
+    index, file = open_store(main_file(path)), Path(path) / f"{uuid.uuid4().hex}.h5"
+    with files.atomic(file) as tmp:
+        _write_like(index, tmp, [*index._rows.index])
+    return open_store(file)
 
 
 def put(store: Store, name: str, array: np.ndarray, row: Mapping[str, Any]) -> None:
@@ -188,6 +230,14 @@ def _empty_table(path: PathLike, names: Sequence[str], caller: np.dtype) -> np.n
     table = np.zeros(len(names), [("name", f"S{width}"), ("content", "S32"), *fields, ("done", "u1")])
     table["name"] = encoded
     return table
+
+
+def _write_like(old: Store, tmp: Path, names: Sequence[str]) -> Store:
+    """An empty store with room for `names`, of the shape, settings and fields of `old`."""
+    dtype = old._rows.table.dtype
+    caller = np.dtype([_described(dtype, name) for name in _fields(dtype)])
+    _write_empty(tmp, _empty_table(old.path, names, caller), old.shape, old.dtype, old.settings)
+    return open_store(tmp)
 
 
 def _write_empty(

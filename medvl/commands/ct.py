@@ -34,6 +34,7 @@ def fill_store(
     workers: int,
     sheet: str,
     exclude: str = "",
+    cluster: str = "",
 ) -> int:
     """Preprocess scans into a store and print what was done; returns the exit status: 0, or 3 when scans were
     rejected.
@@ -43,14 +44,19 @@ def fill_store(
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
     rejected_csv = ingest.rejected_csv(store_path)
     # Preprocessing takes hours: what cannot be written must be known before it.
-    for path in (store_path, str(rejected_csv), sheet):
+    files.check_writable(store.main_file(store_path))
+    for path in (str(rejected_csv), sheet):
         if path:
             files.check_writable(path)
+    if cluster and workers > 1:
+        raise ValueError("preprocess: give --cluster or --workers; local:N is a cluster of N processes")
     # A line for each scan, which a library call does not print.
     _log.setLevel(logging.INFO)
     settings = config.override(_ct_settings(exp), tuple(overrides), "preprocess")
     cfg = config.structure(settings, preprocess.CtConfig, "preprocess")
-    summary = ingest.preprocess_folder(source, store_path, cfg, metadata, workers, exclude_txt=exclude)
+    summary = ingest.preprocess_folder(
+        source, store_path, cfg, metadata, workers, exclude_txt=exclude, cluster=cluster
+    )
     num_rejected = len(summary.rejected)
     print(
         f"{store_path}: {summary.done} volumes written, {summary.skipped} were there, {num_rejected} rejected"

@@ -7,18 +7,22 @@ reason in a table.
 import functools
 import hashlib
 import logging
+import uuid
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 
 from medvl.base import files, store
+from medvl.base.cluster import map_on_cluster, open_cluster
 from medvl.base.display import track
 from medvl.base.files import PathLike
 from medvl.base.store import Store
@@ -58,6 +62,7 @@ def preprocess_folder(
     workers: int = 1,
     progress: bool = True,
     exclude_txt: PathLike = "",
+    cluster: str = "",
 ) -> Summary:
     """Preprocess every scan of `source` into the store `store_path`.
 
@@ -71,11 +76,16 @@ def preprocess_folder(
         workers: 1 works in this process. More are fresh processes, so a script needs `if __name__ ==
             "__main__":`; a scan whose worker dies (out of memory) is then rejected and the run goes on.
         exclude_txt: a list of volumes to leave out, see `names.read_list`.
+        cluster: instead of `workers`, where Dask is, see `open_cluster`; every machine must see the scans and
+            the store at the same path. The store is then a folder, in which each worker writes its shard.
     Raises:
-        ValueError: no scans, two scans of one name, both releases of CT-RATE, an unusable CSV, a store made with other settings, scans
-            that are other files than those that were written, or another run at work on it.
+        ValueError: no scans, two scans of one name, both releases of CT-RATE, an unusable CSV, a store made
+            with other settings, scans that are other files than those that were written, another run at work
+            on it, or no such cluster.
     """
     store_path = Path(store_path)
+    if cluster:  # whose workers stand in other folders
+        source, store_path = Path(source).absolute(), store_path.absolute()
     _refuse_overwrite(store_path, source, metadata_csv, exclude_txt)
     listed = list_scans(source)
     audit.check_one_release(source, [path for _, path in listed])
@@ -86,9 +96,10 @@ def preprocess_folder(
     if metadata_csv:
         rows = metadata_table.read_metadata(metadata_csv, paths, preprocess.metadata_columns(cfg))
     # All that can be refused without the store has been refused: a wrong call leaves no empty store behind.
-    with files.file_lock(store_path):
+    opened = open_cluster(cluster) if cluster else nullcontext()
+    with opened as client, files.file_lock(store_path):
         files.remove_unfinished_file(rejected_csv(store_path))
-        stored_names = reserve_volumes(store_path, paths, cfg)
+        stored_names = reserve_volumes(store_path, paths, cfg, sharded=bool(cluster))
         # Making room writes a new file in the place of the old one.
         _open_once.cache_clear()
         stored = store.open_store(store_path)
@@ -103,9 +114,11 @@ def preprocess_folder(
             else:
                 metadata = rows[name] if rows is not None else None
                 jobs.append(_Job(name=name, path=paths[name], metadata=metadata))
-        # Sent to worker processes with each job, so it must be picklable: no closure.
-        run = functools.partial(_run_job, store_path=store_path, cfg=cfg)
-        rejected |= _run_jobs(jobs, run, store_path, workers, progress, len(paths) - len(jobs))
+        # Sent to worker processes with each job, so it must be picklable: no closure. Those of a cluster outlive
+        # the run: by its digits they know that they need a new shard, with room for its names.
+        run_id = uuid.uuid4().hex if cluster else ""
+        run = functools.partial(_run_job, store_path=store_path, cfg=cfg, run_id=run_id)
+        rejected |= _run_jobs(jobs, run, store_path, workers, progress, len(paths) - len(jobs), client)
         # Written also when none was rejected, in the place of the table of the run before.
         rejected_rows = []
         for name, reason in sorted(rejected.items()):
@@ -219,7 +232,7 @@ def _scans_below(folder: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def _run_job(job: _Job, store_path: Path, cfg: CtConfig) -> tuple[str, str]:
+def _run_job(job: _Job, store_path: Path, cfg: CtConfig, run_id: str = "") -> tuple[str, str]:
     """Preprocess and store one scan; returns ("", a summary) or (why it is rejected, "")."""
     try:
         volume = preprocess.preprocess_scan(job.path, cfg, job.metadata)
@@ -228,24 +241,34 @@ def _run_job(job: _Job, store_path: Path, cfg: CtConfig) -> tuple[str, str]:
     # A scan that is too large for this machine is rejected, and the run goes on.
     except MemoryError:
         return "not enough memory", ""
-    write_volume(_open_once(store_path), job.name, volume, job.path)
+    write_volume(_open_once(store_path, run_id), job.name, volume, job.path)
     scale = f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule})"
     return "", f"{scale}, slices {volume.occupied}"
 
 
 @functools.lru_cache(maxsize=1)
-def _open_once(store_path: Path) -> Store:
-    """The store, opened once per process: a worker reads its table of rows once and not for each scan."""
-    return store.open_store(store_path)
+def _open_once(store_path: Path, run_id: str) -> Store:
+    """The store, opened once per process: a worker reads its table of rows once and not for each scan. On a
+    cluster a shard of this process, for one run.
+    """
+    return store.open_shard(store_path) if run_id else store.open_store(store_path)
 
 
 def _run_jobs(
-    jobs: list[_Job], run: Callable, store_path: Path, workers: int, progress: bool, skipped: int
+    jobs: list[_Job],
+    run: Callable,
+    store_path: Path,
+    workers: int,
+    progress: bool,
+    skipped: int,
+    client: Any = None,
 ) -> dict[str, str]:
     """Run the jobs and log each; returns {name: reason} of the rejected ones."""
     # Lazily, so that each scan is logged when it is done.
     results: Iterator[tuple[_Job, tuple[str, str]]] = ((job, run(job)) for job in jobs)
-    if workers > 1:
+    if client is not None:
+        results = map_on_cluster(client, run, jobs, lost=(_WORKER_DIED, ""))
+    elif workers > 1:
         results = _run_parallel(jobs, run, store_path, workers)
     rejected = {}
     for job, (reason, summary) in track(results, "scans", skipped + len(jobs), skipped, progress):

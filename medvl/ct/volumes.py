@@ -26,17 +26,21 @@ SOURCE_FIELDS = (  # the file that the volume was made from, so that another fil
 )
 
 
-def reserve_volumes(path: Path, names: Iterable[str], cfg: CtConfig) -> set[str]:
+def reserve_volumes(path: Path, names: Iterable[str], cfg: CtConfig, sharded: bool = False) -> set[str]:
     """Make a store with room for these volumes, or make room in the one that is there.
 
+    Args:
+        sharded: it is a folder of shards, for workers on several machines.
     Returns:
         the names of the volumes that are already in it.
     Raises:
-        ValueError: the store was made with other settings.
+        ValueError: the store was made with other settings, or is one file where it must be a folder.
     """
     names = list(names)
+    if sharded:
+        store.begin_shards(path)
     settings = preprocess.settings_of(cfg)
-    if not path.exists():
+    if not store.main_file(path).exists():
         shape = preprocess.size_of(cfg)
         store.create(path, names, shape, cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS))
     stored = set(store.open_store(path, expect=settings).names)

@@ -189,3 +189,54 @@ def test_a_store_made_before_rows_held_contents_is_read_and_written(tmp_path):
     opened = store.open_store(tmp_path / "s.h5")
     assert opened.row("a") == {"count": 5}
     assert opened.content("a") == store._digest(array)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A store of shards: its index has room for `NAMES`, two processes have written two of them each, one both."""
+    folder = tmp_path / "shards.h5"
+    store.begin_shards(folder)
+    store.create(folder, NAMES, (3, 4, 5), "u1", {"size": [3, 4, 5], "kind": "ct"}, FIELDS)
+    for written in ((2, 0), (3, 0)):
+        shard = store.open_shard(folder)
+        for i in written:
+            store.put(shard, NAMES[i], _array(i), _row(i))
+    return folder
+
+
+def test_a_store_of_shards_is_read_like_the_whole(folder, path):
+    for i in (0, 2, 3):
+        store.put(store.open_store(path), NAMES[i], _array(i), _row(i))
+    whole, shards = store.open_store(path), pickle.loads(pickle.dumps(store.open_store(folder)))
+    assert shards.path == folder
+    for what in ("names", "shape", "dtype", "fields", "settings"):
+        assert getattr(shards, what) == getattr(whole, what)
+    for name in whole.names:
+        np.testing.assert_array_equal(shards.read(name, 1), whole.read(name, 1))
+        assert (shards.row(name), shards.content(name)) == (whole.row(name), whole.content(name))
+    with pytest.raises(ValueError, match=f"{NAMES[1]}' is not written"):
+        shards.read(NAMES[1])
+    with pytest.raises(ValueError, match="has no 'x'; it has 3 arrays"):
+        shards.row("x")
+
+
+def test_a_store_of_shards_grows_and_takes_arrays_of_this_process_too(folder):
+    store.grow(folder, ["new"])
+    store.put(store.open_store(folder), NAMES[1], _array(1), _row(1))
+    store.put(store.open_shard(folder), "new", _array(9), _row(9))
+    grown = store.open_store(folder)
+    assert grown.names == (*NAMES, "new")
+    for name, i in zip(grown.names, (0, 1, 2, 3, 9), strict=True):
+        np.testing.assert_array_equal(grown.read(name), _array(i))
+
+
+def test_what_is_no_store_of_shards_is_refused(folder, path):
+    with pytest.raises(
+        ValueError, match="is one file, which machines must not share; go on without a cluster"
+    ):
+        store.begin_shards(path)
+    store.create(folder / "other.h5", NAMES, (3, 4, 5), "u1", {"size": [3, 4, 5], "kind": "pet"}, FIELDS)
+    with pytest.raises(ValueError, match=r"other\.h5: was made with other settings .*kind"):
+        store.open_store(folder)
+    with pytest.raises(ValueError, match="no such file"):
+        store.open_store(folder.parent)

@@ -18,6 +18,8 @@ from attrs import evolve
 from PIL import Image
 
 from medvl.base import files, store, workers
+from medvl.base.cluster import open_cluster
+from medvl.commands import ct as commands
 from medvl.ct import ingest
 from medvl.ct import preprocess as ct
 from medvl.ct.ingest import contact_sheet, find_scans, preprocess_folder, rejected_csv
@@ -643,6 +645,53 @@ def _ended(run):
         time.sleep(0.02)
     os.killpg(run.pid, signal.SIGKILL)
     raise AssertionError("workers outlived their parent")
+
+
+def test_a_cluster_that_loses_a_worker_makes_the_same_volumes(tmp_path, monkeypatch):
+    """40 scans on a local cluster of 2, a worker killed in the middle; then runs that find what is there."""
+    for i in range(40):
+        _scan(tmp_path / "in" / f"n{i:02}.nii.gz", i)
+    _scan(tmp_path / "in/raw.nii.gz", low=0)
+    whole, shards = tmp_path / "whole.h5", tmp_path / "shards.h5"
+    want = preprocess_folder(tmp_path / "in", whole, SMALL, progress=False)
+    killed = []
+
+    def kill_one(_, name, summary):
+        if name == "n10":
+            killed.append(client.run(os.getpid).popitem()[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(ingest.log, "info", kill_one)  # called with each scan that is done
+    with open_cluster("local:2") as client:
+        address = client.scheduler.address
+        got = preprocess_folder(tmp_path / "in", shards, SMALL, progress=False, cluster=address)
+        assert killed
+        assert got == want
+        assert files.read_csv(rejected_csv(shards)) == files.read_csv(rejected_csv(whole))
+        a, b = store.open_store(whole), store.open_store(shards, expect=ct.settings_of(SMALL))
+        assert len(list(shards.iterdir())) >= 3  # the index, and a shard of each worker
+        assert a.names == b.names
+        for name in a.names:
+            np.testing.assert_array_equal(a.read(name), b.read(name))
+            assert (a.row(name), a.content(name)) == (b.row(name), b.content(name))
+
+        _scan(tmp_path / "in/added.nii.gz", 99)
+        again = preprocess_folder(tmp_path / "in", shards, SMALL, progress=False, cluster=address)
+    assert (again.done, again.skipped, list(again.rejected)) == (1, 40, ["raw"])
+    _scan(tmp_path / "in/more.nii.gz", 100)
+    assert preprocess_folder(tmp_path / "in", shards, SMALL, progress=False).done == 1  # without a cluster
+    assert store.open_store(shards).names == (*a.names, "added", "more")
+
+
+def test_what_a_cluster_cannot_do_leaves_nothing_behind(tmp_path):
+    _folder(tmp_path)
+    with pytest.raises(ValueError, match=r"no scheduler with workers answers at tcp://127\.0\.0\.1:1"):
+        preprocess_folder(tmp_path / "in", tmp_path / "s.h5", SMALL, cluster="tcp://127.0.0.1:1")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    with pytest.raises(ValueError, match="give --cluster or --workers"):
+        commands.fill_store(
+            str(tmp_path / "in"), str(tmp_path / "s.h5"), "", (), "", 2, "", cluster="local:2"
+        )
 
 
 def _dies(job, out):

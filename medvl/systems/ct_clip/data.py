@@ -66,7 +66,7 @@ def prepare_data(cfg: Config, log: Callable[[str], None] = print) -> None:
     if cfg.data.source == "phantoms":
         _draw_phantoms(cfg, log)
     paths = [data_path(cfg, kind, split) for split in SPLITS for kind in _NEEDED]
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if not store.main_file(path).is_file()]  # a store may be a folder
     if missing:
         raise ValueError(
             f"{len(missing)} files are missing: {', '.join(missing)}. `invoke preprocess --source SCANS "

@@ -1,0 +1,98 @@
+"""A function over many items on a cluster of processes or machines; Dask does all that is scheduling."""
+
+import logging
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+_DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # the parent answers Ctrl-C
+
+
+@contextmanager
+def open_cluster(address: str, timeout_s: float = 10) -> Iterator[Any]:
+    """A Dask client: of the scheduler at `tcp://HOST:PORT`, or of N processes of one thread for `local:N`.
+
+    Raises:
+        ValueError: another address, no scheduler there, one without workers or one that goes away, Dask is
+            not installed.
+    """
+    try:
+        import dask
+        from distributed import CancelledError, Client, LocalCluster
+        from distributed.comm import CommClosedError
+    except ImportError as e:
+        raise ValueError(f"cluster: needs Dask ({e}); pip install 'medvl[cluster]'") from e
+    local = re.fullmatch(r"local:([1-9]\d{0,3})", address)
+    remote = re.fullmatch(r"tcp://\[?([^\s\[\]]+)\]?:(\d{1,5})", address)
+    # What goes wrong is said here in one sentence, or told by the result of an item.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with ExitStack() as stack:
+        if local:
+            # An item is given up with the second worker that it costs, as worker processes do.
+            stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 1}))
+            processes = LocalCluster(
+                n_workers=int(local[1]),
+                threads_per_worker=1,
+                memory_limit=None,
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                silence_logs=logging.CRITICAL,
+                preload=[_DEAF],
+            )
+            address = stack.enter_context(processes).scheduler_address
+        elif not remote:
+            raise ValueError(f"cluster: must be local:N or tcp://HOST:PORT, got {address!r}")
+        try:
+            if remote:
+                # A scheduler speaks first; Dask would wait for ever where another kind of server is silent.
+                with socket.create_connection((remote[1], int(remote[2])), timeout_s) as greeted:
+                    if not greeted.recv(1):
+                        raise OSError("it hung up")
+            client = stack.enter_context(Client(address, timeout=timeout_s))
+            client.wait_for_workers(1, timeout=timeout_s)
+        except (
+            OSError,
+            OverflowError,
+            MemoryError,
+        ) as e:  # memory: another server's greeting read as a length
+            raise ValueError(f"cluster: no scheduler with workers answers at {address} ({e})") from e
+        try:
+            yield client
+        except (CancelledError, CommClosedError) as e:
+            raise ValueError(
+                f"cluster: the scheduler at {address} went away; finished work is kept, the same command "
+                "continues from there"
+            ) from e
+
+
+def map_on_cluster(
+    client: Any, function: Callable, items: Iterable[Any], lost: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, function(item)) as they come; what a lost worker was at is computed by another.
+
+    Args:
+        function: can be pickled, and may see an item twice. What it raises is raised here.
+        lost: the result of an item that several workers were lost with.
+    """
+    from distributed import KilledWorker, wait
+
+    running: dict[Any, Any] = {}
+    remaining = iter(items)
+    while True:
+        # One for each thread: with a worker, only what it was at is lost.
+        free = max(1, sum(client.nthreads().values())) - len(running)
+        for item in islice(remaining, max(0, free)):
+            running[client.submit(function, item, pure=False)] = item
+        if not running:
+            return
+        for future in wait(list(running), return_when="FIRST_COMPLETED").done:
+            item = running.pop(future)
+            try:
+                result = future.result()
+            except KilledWorker:
+                result = lost
+            yield item, result
