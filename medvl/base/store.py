@@ -99,8 +99,7 @@ def create(
     Raises:
         ValueError: the file exists, no names, repeated names, or a field called name, content or done.
     """
-    path = main_file(path)
-    if path.exists():
+    if Path(path).exists():
         raise ValueError(f"{path}: exists already; open it, or remove it first")
     caller = np.dtype([_little(f) for f in fields])
     table = _empty_table(path, names, caller)
@@ -167,21 +166,25 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
 
 def main_file(path: PathLike) -> Path:
     """The file of a store that has room for all names: the store itself, or the index in a folder of shards."""
-    return Path(path) / _INDEX if Path(path).is_dir() else Path(path)
+    index = Path(path) / _INDEX
+    return index if index.is_file() else Path(path)
 
 
-def begin_shards(path: PathLike) -> None:
-    """Let the store at `path` be a folder of shards, in which `create` makes the index.
+def begin_shards(path: PathLike) -> Path:
+    """Make a folder for shards, or go on with one; returns where its index is, or is to be created.
 
     Raises:
-        ValueError: it is one file already.
+        ValueError: something else is there, such as a store of one file.
     """
-    if Path(path).is_file():
+    index = Path(path) / _INDEX
+    if not index.exists() and (Path(path).is_file() or any(Path(path).glob("[!.]*"))):
         raise ValueError(
-            f"{path}: is one file, which machines must not share; go on without a cluster, or remove it"
+            f"{path}: is not a folder of shards, and a cluster can only write to one; go on without a "
+            "cluster, or give another name"
         )
-    Path(path).mkdir(parents=True, exist_ok=True)
-    files.remove_unfinished(path)
+    index.parent.mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(index.parent)
+    return index
 
 
 def open_shard(path: PathLike) -> Store:

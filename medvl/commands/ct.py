@@ -44,7 +44,7 @@ def fill_store(
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
     rejected_csv = ingest.rejected_csv(store_path)
     # Preprocessing takes hours: what cannot be written must be known before it.
-    files.check_writable(store.main_file(store_path))
+    files.check_writable(store_path if cluster else store.main_file(store_path), folder=bool(cluster))
     for path in (str(rejected_csv), sheet):
         if path:
             files.check_writable(path)

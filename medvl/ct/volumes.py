@@ -37,12 +37,11 @@ def reserve_volumes(path: Path, names: Iterable[str], cfg: CtConfig, sharded: bo
         ValueError: the store was made with other settings, or is one file where it must be a folder.
     """
     names = list(names)
-    if sharded:
-        store.begin_shards(path)
     settings = preprocess.settings_of(cfg)
-    if not store.main_file(path).exists():
+    file = store.begin_shards(path) if sharded else store.main_file(path)
+    if not file.exists():
         shape = preprocess.size_of(cfg)
-        store.create(path, names, shape, cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS))
+        store.create(file, names, shape, cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS))
     stored = set(store.open_store(path, expect=settings).names)
     store.grow(path, names)
     return stored
