@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from medvl.base.files import room_for
 
-TIMING_KEYS = ("time", "seconds_per_step")  # of metrics.jsonl; a resumed run does not repeat them to the bit
+# Of metrics.jsonl; a resumed run does not repeat them to the bit.
+TIMING_KEYS = ("time", "seconds_per_step", "seconds_left", "memory_gb", "samples_per_second", "mfu")
 # A bar of no width makes tqdm cut the line to fit the terminal.
 STEP_FORMAT = "{desc}: {n:,}/{total:,} ({percentage:.0f} %), {remaining} left{postfix}{bar:0}"
 

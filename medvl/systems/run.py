@@ -24,6 +24,7 @@ from medvl.evaluation.results import Result
 from medvl.systems.memory import check_memory, fullest_card
 from medvl.systems.system import Log, System
 from medvl.training.determinism import deterministic
+from medvl.training.journal import check_tensorboard
 from medvl.training.record import training_tables
 
 _log = logging.getLogger("medvl")
@@ -208,6 +209,8 @@ def _train_and_assess(cfg: Any, folder: Path, log: Log) -> list[Result]:
     start = time.monotonic()
     system = find_system(cfg.system)
     _check_places(system, cfg, folder)
+    if any(table.tensorboard for table in training_tables(cfg)):
+        check_tensorboard()
     # A second run would remove the checkpoint that the first is writing.
     with files.file_lock(folder) if first else nullcontext():
         if first:

@@ -123,6 +123,7 @@ class TrainConfig:
     beta2: float = 0.999  # of AdamW: how slowly the mean square of a gradient is forgotten
     eps: float = 1e-8  # of AdamW
     log: int = 10  # steps from one to the next; also of `save` and `validate`
+    tensorboard: bool = False  # write what `metrics.jsonl` has for TensorBoard, too
     save: int = 100
     validate: int = 200
     valid: int = 256  # samples the validation loss is taken over, 0 = all

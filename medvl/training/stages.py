@@ -51,6 +51,7 @@ def train_stage(
     seed: int = 0,
     keyed: bool = False,
     same_processes: bool = False,
+    work: trace.Work | None = None,
     title: str = "",
     log: Callable[[str], None] = print,
 ) -> states.State:
@@ -65,9 +66,12 @@ def train_stage(
         bound: puts parameters back into their range after a step.
         keyed: see `make_optimizer`.
         same_processes: see `loop.train_steps`.
+        work: of a step of this process, for its share of the GPU's peak (MFU), where that is known.
     """
     optimizer = make_optimizer(cfg, stage, trained, seed, keyed=keyed)
     schedule = warmup_cosine(stage.steps, stage.warmup)  # the optimiser has its own; this one is shown
+    device = processes.choose_device(cfg.device)
+    gpu = trace.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     # Moments exist for `trained` only; what is frozen is bound into `grad`.
     start = states.State(params=trained, opt=optimizer.init(trained), means=means or {})
     with deterministic(cfg.deterministic):
@@ -83,6 +87,9 @@ def train_stage(
             same_processes=same_processes,
             keep_last=cfg.keep_last,
             title=title or stage.name,
+            samples=stage.batch or cfg.batch,
+            peak_seconds=work.peak_seconds(gpu) if work and gpu else 0.0,
+            tensorboard=cfg.tensorboard,
             lr=lambda i: stage.lr * schedule(i),
             log=log,
         )
@@ -90,7 +97,7 @@ def train_stage(
     if (cfg.keep == "best" and validate) or cfg.shard:
         processes.wait_for_all()  # process 0 has written it
         keep = cfg.keep if validate else "last"
-        state = states.read_trained(folder, keep, processes.choose_device(cfg.device), model=model)
+        state = states.read_trained(folder, keep, device, model=model)
     return state
 
 

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from attrs import evolve
 
-from medvl.base import processes
+from medvl.base import display, processes
 from medvl.base.tree import flatten
 from medvl.components.losses import clip_loss, siglip_loss
 from medvl.training import loop
 from medvl.training.gradients import Aux, cached_value_and_grad, token_value_and_grad, value_and_grad
 from medvl.training.interrupt import Stopped
+from medvl.training.journal import check_tensorboard
 from medvl.training.loop import Every, make_step, train_steps
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.training.states import State, read_state, read_trained, save_state
@@ -896,6 +897,33 @@ def test_a_run_that_ends_early_ends_so_after_a_stop_too(tmp_path, stop):
         assert evolve(one, params={}, opt={}) == evolve(two, params={}, opt={})
     once_more = _patient(tmp_path / "cut", patience=2, stop=8)  # asks for no batch
     assert torch.equal(once_more.params["w"], whole.params["w"])
+
+
+@pytest.mark.parametrize("stop", [None, 5, 7])
+def test_tensorboard_shows_each_step_once(tmp_path, stop):
+    """The numbers of metrics.jsonl, also where steps behind the last save were run again after a kill."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            _patient(tmp_path, stop=stop, tensorboard=True, samples=4)
+    _patient(tmp_path, tensorboard=True, samples=4, peak_seconds=1e-9)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {*display.TIMING_KEYS} <= lines[-1].keys()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {*events.Tags()["scalars"]} == {*lines[-1]} - {"step", "time"}
+    for name in ("loss", "grad_norm", "valid_score", "samples_per_second"):
+        shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert shown == [(line["step"], line[name]) for line in lines if name in line]
+    assert [line["step"] for line in lines] == [*range(1, 17)]
+
+
+def test_tensorboard_is_missed_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"tensorboard = true needs tensorboard; pip install 'medvl\[tensorb"
+    ):
+        check_tensorboard()
 
 
 def test_a_file_says_nothing_of_patience_where_there_is_none(tmp_path):

@@ -102,3 +102,28 @@ def test_seconds_are_of_products_of_memory_or_of_launches():
 def test_a_gathered_table_costs_what_is_read_of_it():
     table, ids = empty(10**6, 8), torch.zeros(5, dtype=torch.int64, device=META)
     assert trace.count_work(lambda: F.embedding(ids, table)).bytes == 2 * 5 * 8 * 4
+
+
+def test_peak_seconds_are_flops_over_the_rate_of_their_dtype():
+    a, b = empty(3, 5), empty(5, 7)
+    work = trace.count_work(lambda: (a @ b, a.bfloat16() @ b.bfloat16())) * 1e9
+    gpu = trace.GPUS["h100"]
+    assert work.peak_seconds(gpu) == pytest.approx(210e9 / 67e12 + 210e9 / 989.5e12)
+    assert work.seconds(gpu) > work.peak_seconds(gpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_no_peak_is_made_up(name, key):
+    assert trace.find_gpu(name) is (trace.GPUS[key] if key else None)

@@ -19,7 +19,7 @@ from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.score import mean_auroc
 from medvl.systems.ct_clip.slice_features import cached_features
-from medvl.training import gradients, states
+from medvl.training import gradients, states, trace
 from medvl.training.estimate import Laps, Step
 from medvl.training.record import Stage, plan_steps
 from medvl.training.stages import check_trainable, trace_step, train_stage
@@ -64,9 +64,12 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         params["vit"] = _whitened(model, params, data)
     device = processes.choose_device(cfg.train.device)
     params = map_leaves(lambda leaf: leaf.to(device), params)
+    # For the MFU, which only a GPU has: of the slices that the mean volume has.
+    steps = memory(cfg, folder, processes.world_size(), _mean_slices(data)) if device.type == "cuda" else {}
     means: Tree = {}
     for i, stage in enumerate(stages):
-        params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", log)
+        work = steps[stage.name].work if steps else None
+        params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", work, log)
     return model, params | {"running": means}
 
 
@@ -77,6 +80,7 @@ def _fit_stage(
     stage: Stage,
     data: pairs.Pairs,
     folder: Path,
+    work: trace.Work | None,
     log: Callable[[str], None],
 ) -> tuple[Tree, Tree]:
     """(all parameters, running means) after one stage."""
@@ -112,6 +116,7 @@ def _fit_stage(
         seed=cfg.seed,
         keyed=True,
         same_processes=True,
+        work=work,
         log=log,
     )
     return merge_trees(frozen, state.params), state.means
@@ -157,6 +162,13 @@ def memory(cfg: Config, folder: Path, processes: int = 1, slices: int = 0) -> di
         work = laps.work(more, kinds=(slice(0, 2), slice(2, 4)))
         steps[stage.name] = Step(memory=memory, work=work, samples=share)
     return steps
+
+
+def _mean_slices(data: pairs.Pairs) -> int:
+    """How many slices of a training volume are scan, in the mean over a thousand of them."""
+    names = data.names[:: -(-len(data.names) // 1000)]
+    occupied = [data.store.row(name)["occupied"] for name in names]
+    return round(sum(stop - first for first, stop in occupied) / len(names))
 
 
 def _empty_batch(cfg: Config, volumes: int, slices: int, encodes: bool) -> gradients.Batch:
