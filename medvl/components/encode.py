@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medvl.base import config, transfer
-from medvl.weights.lazy import per_row
+from medvl.base import config, processes, transfer
+from medvl.weights import lazy
 
 # b batch, s slices, n slices of all volumes that exist, y x voxel axes, d width. Voxels are Hounsfield units:
 # int16 as they are, uint8 as -1000..1000 HU in 255 steps.
@@ -147,25 +147,30 @@ def encode_slices(
     size = check_slice_size(cfg, (voxels.shape[2], voxels.shape[3]), patch_size(vit))
     dtype = getattr(torch, cfg.dtype)
     options = _forward_options(size, vit)
-    weights = {name: t if t.dtype == dtype else t.to(dtype) for name, t in params.items()}
+    weights = lazy.move_params(params, dtype=dtype)
     device = next(iter(weights.values())).device
 
     # Slices of all volumes in a row; those that do not exist are never encoded.
     slices = transfer.to_device(voxels, device).flatten(0, 1)
     existing = transfer.to_device(mask.flatten().nonzero()[:, 0], device)
+    count, sharded = len(existing), any(isinstance(w, lazy.Sharded) for w in weights.values())
+    if sharded:
+        # Processes that gather each other's weights must call the encoder equally often: slice 0 stands in.
+        most = int(processes.gather_rows(torch.tensor([count])).max())
+        existing = F.pad(existing, (0, most - count))
 
     def encode_chunk(chosen: Tensor) -> Tensor:
         pixels = windows(cfg, slices.index_select(0, chosen))  # [n, 3, y, x]
         # An adapter's weights per volume become weights per slice.
-        params_of_slices = per_row(weights, chosen // voxels.shape[1], len(voxels))
+        params_of_slices = lazy.per_row(weights, chosen // voxels.shape[1], len(voxels))
         output = vit(params_of_slices, _resize(pixels, size).to(dtype), **options)
         return _pool(cfg, vit, size, output)
 
     chunks: list[Tensor] = []
     start = 0
-    for count, recompute in _plan_chunks(cfg, vit, size, device, len(existing)):
-        chosen = existing[start : start + count]
-        start += count
+    for at_once, recompute in _plan_chunks(cfg, vit, size, device, len(existing), sharded):
+        chosen = existing[start : start + at_once]
+        start += at_once
         if recompute:
             chunk = checkpoint(encode_chunk, chosen, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -175,8 +180,8 @@ def encode_slices(
     embedding_dtype = torch.promote_types(dtype, torch.float32)
     embeddings = torch.zeros(len(slices), embedding_width(cfg, vit), device=device, dtype=embedding_dtype)
     if chunks:
-        encoded = torch.cat(chunks).to(embedding_dtype)
-        embeddings = embeddings.index_copy(0, existing, encoded)
+        encoded = torch.cat(chunks)[:count].to(embedding_dtype)
+        embeddings = embeddings.index_copy(0, existing[:count], encoded)
     return embeddings.unflatten(0, mask.shape)
 
 
@@ -226,11 +231,11 @@ def whiten(
 
 
 def _plan_chunks(
-    cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch.device, n: int
+    cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch.device, n: int, sharded: bool
 ) -> list[tuple[int, bool]]:
     """(number of slices, whether to compute them again for the gradient) of each chunk of n slices."""
     again = n if cfg.checkpoint and torch.is_grad_enabled() else 0
-    free = transfer.free_bytes(device)
+    free = None if sharded else transfer.free_bytes(device)  # processes have different memory free
     if free is None:
         at_once = chunk_size(cfg, vit, size, device)
         return _split(n, at_once, again > 0)

@@ -91,7 +91,8 @@ def cached_value_and_grad(
     Args:
         embed: rows of a batch -> {name: [rows, ...]}; a row's embedding must not depend on the other
             rows. Runs in `precision`.
-        contrast: (params, {name: [all rows, ...]}) -> loss over the whole batch; runs in full precision.
+        contrast: (params, {name: [all rows, ...]}) -> loss over the whole batch; runs in full precision. It must
+            use no sharded parameter: every process would add the gradient of the whole loss to it.
         local: `contrast` gives the loss of `processes.own_rows` alone; the mean over processes is that of the
             batch. Each has a gradient by the rows of all, so these are summed too: left out, or without the
             mean, it would be wrong by the number of processes.
@@ -120,10 +121,6 @@ def cached_value_and_grad(
 
     def run(params: Tree, batch: Batch) -> tuple[Tensor, Aux, Tree]:
         n = len(next(iter(batch.values())))
-        if shards.any_sharded(params):
-            raise ValueError(
-                "cached_value_and_grad: needs whole parameters, got shards; leave small towers whole"
-            )
         # One chunk of one process needs no second forward pass.
         if n <= chunk and processes.world_size() == 1:
             return whole_grad(params, batch)
@@ -151,8 +148,10 @@ def cached_value_and_grad(
             for name, grad in flatten(chunk_grads).items():
                 total[name] += grad
         if processes.world_size() > 1:
+            # Of shards the chunks' gradients were summed where the weight was gathered.
             for grad in total.values():
-                dist.all_reduce(grad)
+                if not shards.is_shard(grad):
+                    dist.all_reduce(grad)
         # What the loss itself does with parameters is the same in all processes: added once, after the sum.
         direct = flatten(grads["params"])
         return value, aux, unflatten({name: total[name] + grad for name, grad in direct.items()})

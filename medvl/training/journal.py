@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,13 @@ from medvl.base import display, files, processes
 _log = logging.getLogger("medvl")
 
 
-def open_journal(path: Path, step: int, *, tensorboard: bool = False) -> Callable[[dict[str, Any]], None]:
+def open_journal(path: Path, step: int, tensorboard: bool = False) -> Callable[[dict[str, Any]], None]:
     """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it
     saved) and broken ones.
 
     A last line that is broken is half a line of a killed run, whose step is run again. For others there
-    is a warning and a copy of the file. Only process 0 writes.
-
-    Args:
-        tensorboard: write the numbers into an events file of TensorBoard beside it, too.
+    is a warning and a copy of the file. Only process 0 writes. With `tensorboard` numbers are written beside
+    the file for TensorBoard, too.
     """
     if processes.rank() != 0:
         return lambda line: None
@@ -56,13 +54,21 @@ def open_journal(path: Path, step: int, *, tensorboard: bool = False) -> Callabl
         )
     files.write_text(path, "".join(line + "\n" for line in kept_lines))
 
-    write_events = _open_events(path.parent, step) if tensorboard else lambda line: None
+    writer: Any = None
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a run wrote behind this step before it was killed is not shown.
+        writer = SummaryWriter(str(path.parent), purge_step=step + 1)
 
     # Opened for each line, so that whoever follows the file sees it at once.
     def append(line: dict[str, Any]) -> None:
         with files.room_for(path), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
-        write_events(line)
+        if writer:
+            for name in line.keys() - {"step", "time"}:
+                writer.add_scalar(name, line[name], line["step"])
+            writer.flush()
 
     return append
 
@@ -73,22 +79,6 @@ def check_tensorboard() -> None:
         raise ValueError("train.tensorboard = true needs tensorboard; pip install 'medvl[tensorboard]'")
 
 
-def _open_events(folder: Path, step: int) -> Callable[[dict[str, Any]], None]:
-    check_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
-    # TensorBoard leaves out what a run wrote behind this step before it was killed.
-    writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                writer.add_scalar(name, value, line["step"])
-        writer.flush()
-
-    return write
-
-
 class Pace:
     """How fast a run goes, and the line that shows it. Its clock stands still while the state is
     validated and saved.
@@ -97,22 +87,11 @@ class Pace:
         step: where the run begins.
         bar: the progress bar of this process.
         log: takes the lines; with a `display.Log` they replace each other in a terminal.
-        samples: of a step, in all processes; 0 = not known.
-        peak_seconds: that a step would take at its GPU's peak rate; 0 = not known.
     """
 
-    def __init__(
-        self,
-        title: str,
-        step: int,
-        steps: int,
-        bar: tqdm,
-        log: Callable[[str], None],
-        samples: int = 0,
-        peak_seconds: float = 0.0,
-    ) -> None:
+    def __init__(self, title: str, step: int, steps: int, bar: tqdm, log: Callable[[str], None]) -> None:
         self._step, self._bar, self._log = step, bar, log
-        self._first, self._steps, self._samples, self._peak_seconds = step, steps, samples, peak_seconds
+        self._first, self._steps = step, steps
         self._line = partial(
             tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEP_FORMAT
         )
@@ -125,39 +104,33 @@ class Pace:
         self._step += 1
         self._bar.update()
 
-    def read_clock(self, device: torch.device) -> dict[str, Any]:
-        """`display.TIMING_KEYS`: the time, the pace since the clock went on, the time left with validations
-        and saves, the peak of this process's memory.
+    def read_clock(self, device: torch.device, rates: Mapping[str, float]) -> dict[str, Any]:
+        """`display.TIMING_KEYS`: the pace is that since the clock went on, time left has validations in it.
+
+        Args:
+            rates: {name: what a step has of it}; it becomes that of a second.
         """
         now = time.monotonic()
         self._seconds = (now - self._since) / max(1, self._step - self._since_step)
         left = (now - self._start) / max(1, self._step - self._first) * (self._steps - self._step)
-        clock = {
+        return {
             "time": f"{datetime.now():%Y-%m-%dT%H:%M:%S}",
             "seconds_per_step": round(self._seconds, 4),
             "seconds_left": round(left),
             "memory_gb": round(_peak_memory(device) / 1e9, 3),
-        }
-        if self._samples and self._seconds:
-            clock["samples_per_second"] = round(self._samples / self._seconds, 2)
-        if self._peak_seconds and self._seconds:
-            clock["mfu"] = round(self._peak_seconds / self._seconds, 4)
-        return clock
+        } | {name: round(number / max(self._seconds, 1e-9), 4) for name, number in rates.items()}
 
     def show(self, line: dict[str, Any], *, stays: bool) -> None:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
         # tqdm's format and the first fields show these already.
         numbers = {name: v for name, v in line.items() if name != "step" and name not in display.TIMING_KEYS}
         fields = [f"{self._seconds:.3g} s/step"]
-        if "samples_per_second" in line:
-            fields.append(f"{line['samples_per_second']:.3g} samples/s")
+        fields += [f"{name} {line[name]:.3g}" for name in ("samples_per_second", "mfu") if name in line]
         # Rate and loss first: a narrow terminal shows the first numbers only.
         for name, digits in (("lr", ".2g"), ("loss", ".3g")):
             if name in numbers:
                 fields.append(f"{name} {numbers.pop(name):{digits}}")
         fields.append(f"{line['memory_gb']:.2f} GB")
-        if "mfu" in line:
-            fields.append(f"MFU {line['mfu']:.0%}")
         fields += [f"{name} {value:.4g}" for name, value in numbers.items()]
         postfix = ", ".join(fields)
         self._bar.set_postfix_str(postfix)

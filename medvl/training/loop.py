@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,7 @@ def train_steps(
     same_processes: bool = False,
     keep_last: int = 1,
     title: str = "training",
-    samples: int = 0,
-    peak_seconds: float = 0.0,
+    rates: Mapping[str, float] = {},
     tensorboard: bool = False,
     lr: Callable[[int], float] | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -135,13 +134,12 @@ def train_steps(
         same_processes: refuse to go on with another number of processes, which would change the last bits.
         keep_last: with 2 or more, so many states are kept in `step-*.pt`, one of each save.
         title: what the lines that are shown begin with.
-        samples: of a step, in all processes, for the pace; 0 = not known.
-        peak_seconds: that a step would take at its GPU's peak rate, for the MFU; 0 = not known.
+        rates: {name: what a step has of it}, to be written and shown per second, as `display.TIMING_KEYS`.
         tensorboard: write the numbers of `metrics.jsonl` for TensorBoard, too.
         lr: step (from 0) -> its learning rate, to be shown.
         log: takes the lines that are shown: step of steps, seconds a step (without saving and
-            validation), time left (with them), samples a second, learning rate, numbers of the step, memory
-            (the peak of this process), MFU. With a `display.Log` they replace each other in a terminal.
+            validation), time left (with them), rates, learning rate, numbers of the step, memory (the peak of
+            this process). With a `display.Log` they replace each other in a terminal.
     Raises:
         NotFinite: the loss, the gradient's norm or a trained number is not finite, in whichever process;
             nothing of it is saved, and the last good state stays on disk.
@@ -157,7 +155,7 @@ def train_steps(
     journal: Callable[[dict[str, Any]], None] = lambda line: None
     if last is not None:
         # Lines past the step of the state that was read are dropped.
-        journal = open_journal(last.with_name("metrics.jsonl"), state.step, tensorboard=tensorboard)
+        journal = open_journal(last.with_name("metrics.jsonl"), state.step, tensorboard)
     start = state.step
     watched: Tensor | None = None
     with (
@@ -167,7 +165,7 @@ def train_steps(
             None, title, total=steps, initial=start, bar_format=display.STEP_FORMAT, smoothing=0
         ) as bar,
     ):
-        pace = Pace(title, start, steps, bar, log, samples, peak_seconds)
+        pace = Pace(title, start, steps, bar, log)
         # The next batch is read while this one is computed. i is the step from 0, which makes `state.step`
         # i + 1: the number of steps that are done.
         for i, batch in prefetch(batch_at, start, steps, _device_of(state)):
@@ -187,7 +185,7 @@ def train_steps(
             if lr:
                 # Of the step that was just taken, whose number is i from 0.
                 line["lr"] = lr(i)
-            line |= pace.read_clock(device)  # after float(), which waits for the device
+            line |= pace.read_clock(device, rates)  # after float(), which waits for the device
             if "validate" in due:
                 assert validate is not None
                 scores = validate(state)

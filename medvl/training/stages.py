@@ -2,7 +2,7 @@
 precision."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def train_stage(
     seed: int = 0,
     keyed: bool = False,
     same_processes: bool = False,
-    work: trace.Work | None = None,
+    rates: Mapping[str, float] = {},
     title: str = "",
     log: Callable[[str], None] = print,
 ) -> states.State:
@@ -65,13 +65,10 @@ def train_stage(
         means: running means to go on from.
         bound: puts parameters back into their range after a step.
         keyed: see `make_optimizer`.
-        same_processes: see `loop.train_steps`.
-        work: of a step of this process, for its share of the GPU's peak (MFU), where that is known.
+        same_processes, rates: see `loop.train_steps`.
     """
     optimizer = make_optimizer(cfg, stage, trained, seed, keyed=keyed)
     schedule = warmup_cosine(stage.steps, stage.warmup)  # the optimiser has its own; this one is shown
-    device = processes.choose_device(cfg.device)
-    gpu = trace.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     # Moments exist for `trained` only; what is frozen is bound into `grad`.
     start = states.State(params=trained, opt=optimizer.init(trained), means=means or {})
     with deterministic(cfg.deterministic):
@@ -87,8 +84,7 @@ def train_stage(
             same_processes=same_processes,
             keep_last=cfg.keep_last,
             title=title or stage.name,
-            samples=stage.batch or cfg.batch,
-            peak_seconds=work.peak_seconds(gpu) if work and gpu else 0.0,
+            rates={"samples_per_second": stage.batch or cfg.batch, **rates},
             tensorboard=cfg.tensorboard,
             lr=lambda i: stage.lr * schedule(i),
             log=log,
@@ -97,7 +93,7 @@ def train_stage(
     if (cfg.keep == "best" and validate) or cfg.shard:
         processes.wait_for_all()  # process 0 has written it
         keep = cfg.keep if validate else "last"
-        state = states.read_trained(folder, keep, device, model=model)
+        state = states.read_trained(folder, keep, processes.choose_device(cfg.device), model=model)
     return state
 
 
@@ -346,19 +342,22 @@ def fit_stage(
     return merge_trees(frozen, state.params)
 
 
-def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
+# Factors a and b of an adapter stay whole, as `shard_params` says; of several tasks each has its own.
+_NO_ADAPTER = (r"(?!(\w+/)?lora/).*",)
+
+
+def shard_params(cfg: TrainConfig, params: Tree, patterns: Sequence[str] = _NO_ADAPTER) -> Tree:
     """The parameters, with `shard` as this process's parts. Give `fit_stage` these, and no process holds
     whole what it trains a part of.
 
     An adapter stays whole: it is small, and a low-rank weight wants plain factors.
     """
     mesh = shards.process_mesh(processes.choose_device(cfg.device)) if cfg.shard else None
-    return unflatten(_cut_matrices(params, mesh))
+    return unflatten(_cut_matrices(params, mesh, patterns))
 
 
-def _cut_matrices(params: Tree, mesh: Any) -> dict[str, Tensor]:
-    # Factors a and b of an adapter stay whole, as `shard_params` says; of several tasks each has its own.
-    cut = shards.sharder(mesh, patterns=(r"(?!(\w+/)?lora/).*",))
+def _cut_matrices(params: Tree, mesh: Any, patterns: Sequence[str]) -> dict[str, Tensor]:
+    cut = shards.sharder(mesh, patterns=patterns)
     return {name: cut(name, leaf) for name, leaf in flatten(params).items()}
 
 
@@ -391,19 +390,8 @@ def estimate_step(
     Args:
         batch: of `estimate_rows(cfg, processes)` rows.
     """
-    local = _cut_matrices(params, processes if cfg.shard and processes > 1 else None)
-    rows = {}
-    for name, leaf in flatten(params).items():
-        if leaf.shape != local[name].shape:
-            rows[name] = len(leaf)
-
-    def gather(tree: Tree) -> Tree:
-        flat = flatten(tree)
-        for name in rows.keys() & flat.keys():
-            flat[name] = estimate.gathered(flat[name], rows[name])
-        return unflatten(flat)
-
-    trained, frozen = split_tree(unflatten(local), stage.train)
+    local, gather = shards_of_one(cfg, params, processes)
+    trained, frozen = split_tree(local, stage.train)
     laps = estimate.Laps()
 
     def marked_loss(p: Tree, piece: Any) -> tuple[Tensor, Tensor | int, gradients.Aux]:
@@ -420,6 +408,23 @@ def estimate_step(
     times = share / conversations
     tokens = times * sum(piece["ids"].numel() for piece in micro_batches)
     return estimate.Step(memory=memory, work=laps.work(number * (times - 1)), samples=share, tokens=tokens)
+
+
+def shards_of_one(
+    cfg: TrainConfig, params: Tree, processes: int, patterns: Sequence[str] = _NO_ADAPTER
+) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """(what one of so many processes holds of parameters on "meta"; what makes weights of it, in place of
+    `shards.lazy_shards`)."""
+    local = _cut_matrices(params, processes if cfg.shard and processes > 1 else None, patterns)
+    rows = {name: len(leaf) for name, leaf in flatten(params).items() if leaf.shape != local[name].shape}
+
+    def gather(tree: Tree) -> Tree:
+        flat = flatten(tree)
+        for name in rows.keys() & flat.keys():
+            flat[name] = estimate.gathered(flat[name], rows[name])
+        return unflatten(flat)
+
+    return unflatten(local), gather
 
 
 def _count_conversations(batch: gradients.Batch) -> int:

@@ -60,8 +60,6 @@ GPUS = {
     # NVIDIA Ada GPU architecture whitepaper, appendix A: bfloat16 and TF32 with float32 accumulate, dense.
     "rtx4090": Gpu(bfloat16=165.2e12, tf32=82.6e12, float32=82.6e12, bandwidth=1.008e12),
 }
-# Parts of names of GPUs that are slower than the one in the table.
-_SLOWER = ("pcie", "nvl", "mig", "laptop", "4090d")
 ASSUMPTIONS = (
     f"{_COMPUTE_SHARE:.0%} of the peak in matrix products and attention, {_BANDWIDTH_SHARE:.0%} of the memory's "
     f"bandwidth elsewhere, {_LAUNCH_SECONDS * 1e6:.0f} us to launch a kernel"
@@ -70,10 +68,9 @@ ASSUMPTIONS = (
 
 def find_gpu(name: str) -> Gpu | None:
     """The GPU that a device's name speaks of, such as "NVIDIA H100 80GB HBM3"; None where no peak is known."""
-    compact = name.lower().replace(" ", "")
-    if any(part in compact for part in _SLOWER):
-        return None
-    return next((gpu for key, gpu in GPUS.items() if key in compact), None)
+    name = name.lower().replace(" ", "")
+    is_slower = any(part in name for part in ("pcie", "nvl", "mig", "laptop", "4090d"))
+    return next((gpu for key, gpu in GPUS.items() if key in name and not is_slower), None)
 
 
 class Kernel(NamedTuple):

@@ -81,7 +81,6 @@ def test_a_compressor_s_old_and_new_settings_do_not_mix():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("train.shard=true", "train.shard = True: the contrastive gradient needs whole weights"),
         ("train.checkpoint=true", "train.checkpoint = True: ct_clip has encode.checkpoint instead"),
         ("train.valid=4", "train.valid = 4: ct_clip is validated on all volumes"),
         ("train.logits=8", "train.logits = 8: is for language systems"),

@@ -906,8 +906,8 @@ def test_tensorboard_shows_each_step_once(tmp_path, stop):
 
     if stop:
         with pytest.raises(KeyboardInterrupt):
-            _patient(tmp_path, stop=stop, tensorboard=True, samples=4)
-    _patient(tmp_path, tensorboard=True, samples=4, peak_seconds=1e-9)
+            _patient(tmp_path, stop=stop, tensorboard=True, rates={"samples_per_second": 4})
+    _patient(tmp_path, tensorboard=True, rates={"samples_per_second": 4, "mfu": 1e-9})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {*display.TIMING_KEYS} <= lines[-1].keys()
     events = EventAccumulator(str(tmp_path)).Reload()

@@ -119,9 +119,6 @@ def two_train(out):
     known["back"] = shards.gather_shards(shards.place_like(odd, cut))
     known["muon"] = refused(lambda: muon(lambda n: Rate(lr=1)).init({"w": cut["w"]}))
     known["packed"] = refused(lambda: adamw(lambda n: Rate(lr=1), packing=eight_bit_moments()).init(cut))
-    known["cached"] = refused(
-        lambda: gradients.cached_value_and_grad(None, None, chunk=1)(cut, {"x": torch.zeros(2)})
-    )
     unequal = gradients.token_value_and_grad(None, chunk=1)
     known["unequal"] = refused(lambda: unequal(cut, {"x": torch.zeros(2 + rank)}))
     known["nothing"] = refused(lambda: shards.shard_params(odd, mesh))
@@ -228,7 +225,6 @@ def test_errors_of_shards_say_what_to_do(two):
         known["packed"]
         == "adamw: 8-bit moments need whole parameters, 1 are sharded, e.g. w; leave packing out"
     )
-    assert "needs whole parameters, got shards" in known["cached"]
     assert "every process needs as many micro-batches, got [2, 3]" in known["unequal"]
     assert (
         known["nothing"]

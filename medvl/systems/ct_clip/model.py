@@ -23,6 +23,11 @@ from medvl.ct.preprocess import size_of
 from medvl.hub import loading, skeletons, tokens
 from medvl.systems.ct_clip.record import Config, ContrastConfig, WordsConfig
 from medvl.training import gradients
+from medvl.weights import shards
+
+# What `train.shard` cuts: matrices of the Hugging Face encoders, but positions, of which they take rows. What is
+# built here is small.
+SHARDED = (r"(vit|text)/(?!.*position)\w+\..*",)
 
 
 @frozen(kw_only=True, eq=False)
@@ -303,18 +308,29 @@ def contrastive_loss(
 
 
 def contrastive_gradient(
-    model: Model, frozen: Tree, before_chunk: Callable[[], None] = lambda: None
+    model: Model,
+    frozen: Tree,
+    before_chunk: Callable[[], None] = lambda: None,
+    gather: Callable[[Tree], Tree] = shards.lazy_shards,
 ) -> gradients.Grad:
     """The gradient of the loss over a batch by the parameters that are trained; `frozen` are all others.
 
     The loss compares all rows of a batch, which does not fit into memory with its activations: rows are
     embedded `train.chunk` at a time, and the gradient is put together from them.
+
+    Args:
+        before_chunk: is called when a chunk begins.
+        gather: makes weights of shards.
     """
     cfg = model.cfg
+    # Weights that were gathered are let go after each layer, and gathered again for its gradient.
+    if cfg.train.shard:
+        text_encoder = model.text_encoder and skeletons.checkpointed(model.text_encoder)
+        model = evolve(model, vit=skeletons.checkpointed(model.vit), text_encoder=text_encoder)
 
     def embed(p: Tree, batch: gradients.Batch) -> gradients.Batch:
         before_chunk()
-        merged = merge_trees(frozen, p)
+        merged = gather(merge_trees(frozen, p))
         return {"image": embed_volumes(model, merged, batch), "text": embed_texts(model, merged, batch)}
 
     def contrast(p: Tree, rows: gradients.Batch) -> tuple[Tensor, gradients.Aux]:

@@ -180,8 +180,6 @@ _TRAINING = {
 
 def _check_training(_record: Any, _field: Any, cfg: TrainConfig) -> None:
     # Settings of TrainConfig that mean nothing here: taken silently they would look as if they worked.
-    reason = "the contrastive gradient needs whole weights; leave it out"
-    refuse_settings(cfg, "train", reason, shard=False)
     refuse_settings(cfg, "train", "ct_clip has encode.checkpoint instead; leave it out", checkpoint=False)
     refuse_settings(cfg, "train", "ct_clip is validated on all volumes; leave it out", valid=0)
     refuse_settings(

@@ -22,7 +22,8 @@ from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states, trace
 from medvl.training.estimate import Laps, Step
 from medvl.training.record import Stage, plan_steps
-from medvl.training.stages import check_trainable, trace_step, train_stage
+from medvl.training.stages import check_trainable, shard_params, shards_of_one, trace_step, train_stage
+from medvl.weights import shards
 
 
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree]:
@@ -63,13 +64,16 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     if cfg.vit.whiten:
         params["vit"] = _whitened(model, params, data)
     device = processes.choose_device(cfg.train.device)
-    params = map_leaves(lambda leaf: leaf.to(device), params)
-    # For the MFU, which only a GPU has: of the slices that the mean volume has.
-    steps = memory(cfg, folder, processes.world_size(), _mean_slices(data)) if device.type == "cuda" else {}
+    # With shards the whole stays in main memory, and each stage puts on the device what it needs there.
+    home = torch.device("cpu") if cfg.train.shard else device
+    params = map_leaves(lambda leaf: leaf.to(home), params)
+    rates = _rates(cfg, folder, data, device)
     means: Tree = {}
     for i, stage in enumerate(stages):
-        work = steps[stage.name].work if steps else None
-        params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", work, log)
+        place, rate = folder / f"{i}-{stage.name}", rates.get(stage.name, {})
+        params, means = _fit_stage(model, params, means, stage, data, place, rate, log)
+        params = map_leaves(lambda leaf: leaf.to(home), params)
+    params = map_leaves(lambda leaf: leaf.to(device), params)
     return model, params | {"running": means}
 
 
@@ -80,7 +84,7 @@ def _fit_stage(
     stage: Stage,
     data: pairs.Pairs,
     folder: Path,
-    work: trace.Work | None,
+    rates: dict[str, float],
     log: Callable[[str], None],
 ) -> tuple[Tree, Tree]:
     """(all parameters, running means) after one stage."""
@@ -90,16 +94,19 @@ def _fit_stage(
         f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of "
         f"{count_values(params):,} parameters"
     )
+    device = processes.choose_device(cfg.train.device)
+    frozen = map_leaves(lambda leaf: leaf.to(device), frozen)
+    trained = map_leaves(lambda leaf: leaf.to(device), shard_params(cfg.train, trained, ct_clip.SHARDED))
     valid = open_volumes(cfg, "valid")
     if not any(name.startswith("vit/") for name in flatten(trained)):
         # The slice encoder stays as it is: each scan is encoded once.
         cache = Path(cfg.data.cache)
-        data = evolve(data, store=cached_features(model, params, data.store, cache))
-        valid = cached_features(model, params, valid, cache)
+        data = evolve(data, store=cached_features(model, frozen, data.store, cache))
+        valid = cached_features(model, frozen, valid, cache)
 
     def validate(state: states.State) -> dict[str, float]:
         # By the running means, as a trained run will be evaluated, not by those of a batch.
-        merged = merge_trees(frozen, state.params)
+        merged = shards.lazy_shards(merge_trees(frozen, state.params))
         return {"score": mean_auroc(model, merged | {"running": state.means}, valid)}
 
     state = train_stage(
@@ -116,7 +123,7 @@ def _fit_stage(
         seed=cfg.seed,
         keyed=True,
         same_processes=True,
-        work=work,
+        rates=rates,
         log=log,
     )
     return merge_trees(frozen, state.params), state.means
@@ -139,7 +146,8 @@ def memory(cfg: Config, folder: Path, processes: int = 1, slices: int = 0) -> di
     steps = {}
     for stage in cfg.train.stages:
         check_trainable(stage, params)
-        trained, frozen = split_tree(params, stage.train)
+        local, gather = shards_of_one(cfg.train, params, processes, ct_clip.SHARDED)
+        trained, frozen = split_tree(local, stage.train)
         encodes = any(name.startswith("vit/") for name in flatten(trained))
         # A batch of one chunk on one process is computed at once. Otherwise two chunks tell of any number.
         is_whole = share <= cfg.train.chunk and processes == 1
@@ -151,7 +159,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1, slices: int = 0) -> di
             stage,
             trained,
             frozen,
-            ct_clip.contrastive_gradient(model, frozen, laps.mark),
+            ct_clip.contrastive_gradient(model, frozen, laps.mark, gather),
             batch,
             laps.counter,
             seed=cfg.seed,
@@ -164,11 +172,18 @@ def memory(cfg: Config, folder: Path, processes: int = 1, slices: int = 0) -> di
     return steps
 
 
-def _mean_slices(data: pairs.Pairs) -> int:
-    """How many slices of a training volume are scan, in the mean over a thousand of them."""
-    names = data.names[:: -(-len(data.names) // 1000)]
-    occupied = [data.store.row(name)["occupied"] for name in names]
-    return round(sum(stop - first for first, stop in occupied) / len(names))
+def _rates(cfg: Config, folder: Path, data: pairs.Pairs, device: torch.device) -> dict[str, dict[str, float]]:
+    """{stage: {"mfu": seconds of a step at the GPU's peak}}, of volumes with as many slices as some thousand have
+    in the mean; nothing where no peak is known."""
+    gpu = trace.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
+        return {}
+    occupied = [data.store.row(name)["occupied"] for name in data.names[:: -(-len(data.names) // 1000)]]
+    slices = round(sum(stop - first for first, stop in occupied) / len(occupied))
+    number = processes.world_size()
+    with processes.single_process():  # an estimate has no values to exchange
+        steps = memory(cfg, folder, number, slices)
+    return {stage: {"mfu": step.work.peak_seconds(gpu)} for stage, step in steps.items()}
 
 
 def _empty_batch(cfg: Config, volumes: int, slices: int, encodes: bool) -> gradients.Batch:

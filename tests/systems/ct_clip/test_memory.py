@@ -9,6 +9,7 @@ from attrs import evolve
 from medvl.base import config, transfer
 from medvl.base.tree import count_values, flatten, split_tree
 from medvl.commands import experiments
+from medvl.ct import pairs
 from medvl.systems import run as systems
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import run
@@ -87,6 +88,32 @@ def test_slices_and_precision_are_taken_into_account():
     low = step_of(record(precision="bfloat16"))
     assert low.work.flops_of_dtype["bfloat16"] > 0.95 * low.work.flops
     assert sum(low.memory.values()) < sum(step_of(record()).memory.values())
+
+
+def test_a_process_holds_its_part_of_an_encoder_that_is_cut():
+    """A cut matrix, its gradient and both moments are on one of four processes; layers are computed once more."""
+    whole, part = step_of(record(batch=16), 4), step_of(record(batch=16, shard=True), 4)
+    _, params = ct_clip.empty_model(record())
+    cut = sum(t.numel() for name, t in params["vit"].items() if t.dim() == 2 and t.numel() >= 2**14)
+    assert cut
+    for kind, values in (("trained weights", cut), ("optimiser", 2 * cut)):
+        assert whole.memory[kind] - part.memory[kind] == pytest.approx(4 * values * 3 / 4, rel=0.01)
+    assert sum(part.memory.values()) < sum(whole.memory.values())
+    assert 1.1 < part.work.flops / whole.work.flops < 1.26
+
+
+def test_the_peak_of_a_gpu_gives_seconds_and_no_other_does(monkeypatch):
+    class Volumes:
+        row = {"a": {"occupied": (2, 8)}, "b": {"occupied": (0, 12)}}.get
+
+    volumes = pairs.Pairs(store=Volumes(), names=("a", "b"), texts=({}, {}))
+    rates = lambda name, device="cuda": (
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name),
+        run._rates(record(), None, volumes, torch.device(device)),
+    )[1]
+    work = step_of(record(), 1, 9).work
+    assert rates("NVIDIA H100 80GB HBM3") == {"contrast": {"mfu": work.peak_seconds(trace.GPUS["h100"])}}
+    assert rates("NVIDIA H100 PCIe") == rates("NVIDIA H100 80GB HBM3", "cpu") == {}
 
 
 def test_a_frozen_encoder_is_not_computed():

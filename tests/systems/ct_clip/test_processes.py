@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
+from medvl.base.tree import flatten
 from medvl.systems import run
+from medvl.systems.ct_clip import run as ct_clip_run
+from medvl.training import states
 from tests.systems.ct_clip import together
 from tests.systems.ct_clip.test_run import SET
 from tests.together import run_together, start_together, wait_together
@@ -119,3 +123,64 @@ def test_global_and_local_loss_are_those_of_one_process(one, world, loss):
         wrong = found[f"{loss} wrong"]
         assert wrong[0].tolist() == pytest.approx([float(alone[0, 0]), world * float(alone[0, 1])])
         assert (wrong - alone)[1:, 0].abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_encoders_in_parts_are_trained_as_whole_ones(one, world):
+    """A slice encoder and a named text encoder; some processes have fewer slices, and so fewer calls, than others."""
+    if not (one / "bert").exists():
+        config = {
+            "vocab_size": 300,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "max_position_embeddings": 64,
+        }
+        torch.manual_seed(0)
+        bert = BertModel(BertConfig(num_hidden_layers=2, num_attention_heads=2, **config))
+        bert.save_pretrained(one / "bert")
+    for number in (1, world):
+        if not (one / f"shards-{number}-0.pt").exists():
+            run_together(together.__name__, "train_shards", one, number, cwd=one)
+    alone = torch.load(one / "shards-1-0.pt")
+    found = [torch.load(one / f"shards-{world}-{rank}.pt") for rank in range(world)]
+    whole, gathered = flatten(alone["params"]), flatten(found[0]["params"])
+    assert whole.keys() == gathered.keys()
+    for name, leaf in whole.items():
+        torch.testing.assert_close(gathered[name], leaf, rtol=0, atol=1e-9)
+    assert not alone["cut"]
+    assert {name.split("/")[0] for name in found[0]["cut"]} == {"vit", "text"}
+    assert sum(part["held"] for part in found) == sum(whole[name].numel() for name in found[0]["cut"])
+    for part in found:
+        torch.testing.assert_close(part["curve"], alone["curve"], rtol=1e-6, atol=1e-6)
+        assert part["held"] == found[0]["held"]
+
+
+def test_a_run_in_parts_saves_the_whole(one, tmp_path):
+    """Through the loop: validation, the checkpoint, the stage after it, and the run read back by one process."""
+    vit = "{model_type='dinov2', hidden_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16}"
+    stages = "[{name='words', steps=2, lr=1e-3}, {name='all', steps=2, lr=1e-3}]"
+    wide = (*SET, f"vit.config={vit}", "fuse.inputs=128", f"train.stages={stages}")
+    losses = []
+    for name, settings in (
+        ("whole", wide),
+        ("parts", (*wide, "train.shard=true", "contrast.gather='local'")),
+    ):
+        folder = _place(tmp_path / name)
+        (folder / "data").symlink_to(one / "data")
+        (folder / "settings.json").write_text(json.dumps(settings))
+        run_together(__name__, "train_wide", folder, 2, cwd=folder)
+        losses.append(_losses(folder))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses[0]) == 4
+    (trained,) = (tmp_path / "parts/runs").iterdir()
+    kept = states.read_state(trained / "1-all/last.pt")
+    _, params = ct_clip_run.load(trained)
+    params.pop("running")
+    shapes = lambda tree: {name: leaf.shape for name, leaf in flatten(tree).items()}
+    assert shapes(kept.params) == shapes(params)
+    assert flatten(params)["vit/encoder.layer.0.mlp.fc1.weight"].shape == (512, 128)
+
+
+def train_wide(folder):
+    """What each of two processes does in a folder whose settings lie there."""
+    run.run("ctclip_phantom", tuple(json.loads((folder / "settings.json").read_text())))

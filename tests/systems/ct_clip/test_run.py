@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from medvl.ct import ingest, pairs, preprocess, protocols
 from medvl.ct.names import scan_of
 from medvl.ct.reports import FINDINGS
 from medvl.ct.volumes import FIELDS, SOURCE_FIELDS
-from medvl.evaluation import metrics, results
+from medvl.evaluation import metrics, plots, results
 from medvl.hub import loading, tokens
 from medvl.phantoms import chests
 from medvl.phantoms.chest_case import PhantomConfig
@@ -589,6 +590,35 @@ def test_a_broken_record_is_one_clear_error(case, trained):
     setting, said = BROKEN[case]
     with pytest.raises(ValueError, match=said):
         run.run("ctclip_phantom", (*SET, setting), lambda line: None)
+
+
+def test_a_run_is_seen_while_it_trains_and_ends_when_it_learns_no_more(trained, tmp_path):
+    """By validation AUROC, which hardly rises twenty times in a row where the rate is nothing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = []
+    stages = "train.stages=[{name='contrast', steps=40, lr=1e-30}]"
+    settings = (*SET, stages, "train.patience=1", "train.tensorboard=true")
+    run.run("ctclip_phantom", settings, said.append)
+    (end,) = re.findall(r"ends at step (\d+) of 40, 1 validations gave no better score", "\n".join(said))
+    shown = [line for line in said if line.startswith("contrast:")]
+    assert re.search(
+        r"left.* s/step, samples_per_second [\d.e+]+, lr .*loss .* GB, .*valid_score 0\.", shown[1]
+    )
+    (_, folder) = run.resolve("ctclip_phantom", settings)
+    lines = [json.loads(line) for line in (folder / "0-contrast/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, int(end) + 1)]
+    scores = {line["step"]: line["valid_score"] for line in lines if "valid_score" in line}
+    assert [*scores] == [*range(2, int(end) + 1, 2)]
+    assert [*scores.values()][-1] <= [*scores.values()][-2]
+    assert all(
+        line["samples_per_second"] > 0 and "mfu" not in line for line in lines
+    )  # a CPU has no known peak
+    events = EventAccumulator(str(folder / "0-contrast")).Reload()
+    assert [event.step for event in events.Scalars("valid_score")] == [*scores]
+    panels = plots._group_panels(lines)
+    assert panels["score"] == {"valid_score": scores}
+    assert panels.keys() == {"loss", "grad_norm", "scale", "lr", "score"}
 
 
 def test_missing_things_are_named_with_what_to_do(trained, tmp_path):

@@ -15,8 +15,9 @@ from medvl.base.tree import flatten, map_leaves, unflatten
 from medvl.systems.ct_clip import data, score, slice_features
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import run as ct_clip_run
-from medvl.training import loop, states
+from medvl.training import loop, stages, states
 from medvl.training.optim import Optimizer
+from medvl.weights import shards
 
 
 def _trained(folder):
@@ -60,10 +61,37 @@ def _descend(grads, opt, params, step):
     return unflatten({name: leaf - 1e-5 * grads[name] for name, leaf in flatten(params).items()}), opt
 
 
+def _in_double(params):
+    """Parameters for training in float64, without the running means."""
+    params.pop("running", None)
+    return map_leaves(torch.Tensor.double, params)
+
+
+def _curve(model, params, batch_at):
+    """(parameters after six steps of gradient descent in float64, [loss and norm of the gradient at each step])."""
+    gradient = ct_clip.contrastive_gradient(model, {})
+    step = loop.make_step(gradient, Optimizer(init=lambda params: {}, update=_descend))
+    state, curve = states.State(params=params, opt={}), []
+    for i in range(6):
+        state, metrics = step(state, batch_at(i))
+        curve.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return state.params, curve
+
+
 def _wrongly_scaled(cfg, params, rows, right=ct_clip.contrastive_loss):
     """The right loss, and the gradient of a gather whose backward pass sums over processes what is not divided."""
     value, aux = right(cfg, params, rows)
     return value + (processes.world_size() - 1) * (value - value.detach()), aux
+
+
+def _changed(cfg, gather="global", loss="clip", **encode):
+    """The record with a batch for four processes, in float64."""
+    return evolve(
+        cfg,
+        contrast=evolve(cfg.contrast, loss=loss, gather=gather),
+        train=evolve(cfg.train, batch=8, chunk=3),
+        encode=evolve(cfg.encode, dtype="float64", **encode),
+    )
 
 
 @mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
@@ -73,24 +101,45 @@ def train_by_descent(folder):
     In float64: the rows of a start are nearly parallel, so that in float32 the order of a sum shows after few steps.
     """
     model, params = _trained(folder)
-    params.pop("running")
-    params = map_leaves(torch.Tensor.double, params)
+    params = _in_double(params)
     pairs = data.pair_reports(model.cfg, "train", data.open_volumes(model.cfg, "train"))
     curves = {}
     for loss, gather in itertools.product(("clip", "siglip"), ("global", "local", "wrong")):
-        contrast = evolve(model.cfg.contrast, loss=loss, gather="global" if gather == "global" else "local")
-        train = evolve(model.cfg.train, batch=8, chunk=3)
-        encode = evolve(model.cfg.encode, dtype="float64")
-        variant = evolve(model, cfg=evolve(model.cfg, contrast=contrast, train=train, encode=encode))
+        way = "global" if gather == "global" else "local"
+        variant = evolve(model, cfg=_changed(model.cfg, way, loss))
         wrong = mock.patch.object(ct_clip, "contrastive_loss", _wrongly_scaled)
         with wrong if gather == "wrong" else nullcontext():
-            gradient = ct_clip.contrastive_gradient(variant, {})
-            step = loop.make_step(gradient, Optimizer(init=lambda params: {}, update=_descend))
-            state = states.State(params=params, opt={})
             batches = data.training_batches(variant, pairs, 8, 0)
-            curve = curves[f"{loss} {gather}"] = []
-            for i in range(6):
-                state, metrics = step(state, batches(i))
-                curve.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+            _, curves[f"{loss} {gather}"] = _curve(variant, params, batches)
     path = folder / f"curves-{processes.world_size()}-{processes.rank()}.json"
     path.write_text(json.dumps(curves))
+
+
+@mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+def train_shards(folder):
+    """Write parameters and curves of encoders that lie in parts, slices of a process being fewer than another's."""
+    (trained,) = (folder / "runs").iterdir()
+    cfg = ct_clip_run.config.load_run(trained, ct_clip.Config)
+    words = evolve(cfg.words, encoder=str(folder / "bert"), tokenizer=str(trained / "tokenizer"))
+    vit = evolve(cfg.vit, config=cfg.vit.config | {"hidden_size": 128})
+    fuse = evolve(cfg.fuse, inputs=128)
+    # At most eleven slices go through the encoder together.
+    cfg = evolve(_changed(cfg, budget_mib=1), words=words, vit=vit, fuse=fuse)
+    cfg = evolve(cfg, train=evolve(cfg.train, shard=True))
+    model, params = ct_clip.init_model(cfg, trained)
+    pairs = data.pair_reports(cfg, "train", data.open_volumes(cfg, "train"))
+    batches = data.training_batches(model, pairs, 8, 0)
+
+    def batch_at(i):
+        batch = batches(i)
+        if processes.rank() == 0:
+            batch["mask"][:2, 1:] = False
+        return batch
+
+    parts = stages.shard_params(cfg.train, _in_double(params), ct_clip.SHARDED)
+    cut = [name for name, leaf in flatten(parts).items() if shards.is_shard(leaf)]
+    held = sum(leaf.to_local().numel() if shards.is_shard(leaf) else 0 for leaf in flatten(parts).values())
+    params, curve = _curve(model, parts, batch_at)
+    whole = shards.gather_shards(params)  # those that are cut on process 0 only
+    path = folder / f"shards-{processes.world_size()}-{processes.rank()}.pt"
+    torch.save({"params": whole, "curve": torch.tensor(curve), "cut": cut, "held": held}, path)
