@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -234,8 +234,11 @@ def _plan_chunks(
     cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch.device, n: int, sharded: bool
 ) -> list[tuple[int, bool]]:
     """(number of slices, whether to compute them again for the gradient) of each chunk of n slices."""
+    if sharded:
+        # By no process's own memory, and few calls, as each gathers all weights; its layers are computed again anyway.
+        return _split(n, chunk_size(evolve(cfg, checkpoint=False), vit, size, device), False)
     again = n if cfg.checkpoint and torch.is_grad_enabled() else 0
-    free = None if sharded else transfer.free_bytes(device)  # processes have different memory free
+    free = transfer.free_bytes(device)
     if free is None:
         at_once = chunk_size(cfg, vit, size, device)
         return _split(n, at_once, again > 0)
