@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,16 +62,17 @@ class _Slice:
     start: int  # bytes before the pixels
     data: Any  # pydicom's data set of `_TAGS`
     frame: int
+    series: str
+    patient: str  # compared, and never shown
+    modality: str
     kind: tuple[str, ...]  # ImageType
+    grey: bool
+    limits: tuple[int, int]  # the lowest and highest value that its bits can store
     shape: tuple[int, int]  # rows, columns
     spacing: np.ndarray  # [2] between rows, between columns
     axes: np.ndarray  # [6] along a row, down a column
     position: np.ndarray  # [3] of the first pixel
     scale: tuple[float, float] | None  # slope, intercept
-
-    @property
-    def series(self) -> str:
-        return str(self.data.get("SeriesInstanceUID") or NO_UID)
 
     @property
     def height(self) -> float:
@@ -171,24 +172,23 @@ def _open_files(source: Source) -> Iterator[tuple[str, dict[str, Callable[[], An
             # Read as a stream: of a member no more is inflated than is needed.
             yield str(source), {f"{source}: {m.filename}": partial(archive.open, m) for m in members}
         return
-    paths = source_files(source) if isinstance(source, PathLike) else [Path(path) for path in source]
+    try:
+        paths = source_files(source) if isinstance(source, PathLike) else [Path(path) for path in source]
+    except ValueError as e:  # a folder below that cannot be read
+        raise ScanError(str(e)) from e
     where = source if isinstance(source, PathLike) else paths[0].parent if paths else "the list"
     yield str(where), {str(path): partial(_open_regular, path) for path in paths}
 
 
 def _open_regular(path: Path) -> Any:
-    try:
-        files.check_regular(path)
-    except ValueError as e:
-        raise ScanError(str(e)) from e
+    files.check_regular(path)
     return open(path, "rb")
 
 
 def _check_members(where: str, members: Sequence[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
     """The files of an archive, none of which leads out of it or is more than it can be."""
     for member in members:
-        parts = PurePosixPath(member.filename.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+        if re.search(r"^[/\\]|^\w:|(^|[/\\])\.\.([/\\]|$)", member.filename):
             raise ScanError(f"{where}: holds a path that leads out of it; take it from a safe source")
         if stat.S_ISLNK(member.external_attr >> 16) or member.flag_bits & 1:
             raise ScanError(
@@ -214,7 +214,7 @@ def _read_headers(openers: Mapping[str, Callable[[], Any]]) -> list[_Slice]:
                 raise
             except _DAMAGED as e:
                 # Without the error of pydicom, which quotes what it cannot read of the patient.
-                reason = getattr(e, "strerror", None) or "damaged; copy it again"
+                reason = getattr(e, "strerror", None) or "damaged, or no plain file; copy it again"
                 raise ScanError(f"{name}: cannot be read ({reason})") from None
     return slices
 
@@ -239,13 +239,17 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
         f.seek(0)
         data = dcmread(f, stop_before_pixels=True, force=True, specific_tags=_TAGS)
         start, tag = f.tell(), f.read(4)
-    # Reports, plans and directories (DICOMDIR) have a class and no picture.
-    if "Rows" not in data and (not _class_of(data) or _is_ct(data)):
-        raise ScanError(f"{name}: is a damaged DICOM file: its header ends early; copy it again")
+    kind = str(data.file_meta.get("MediaStorageSOPClassUID") or data.get("SOPClassUID") or "")
+    # Only images of the class "CT Image Storage" need not say that they are CT.
+    modality = str(data.get("Modality") or ("CT" if f"{kind}.".startswith(f"{_CT}.") else "none"))
     if "Rows" not in data:
-        return []
+        if modality == "CT" or not kind:
+            raise ScanError(f"{name}: is a damaged DICOM file: its header ends early; copy it again")
+        return []  # a report, a plan, a directory (DICOMDIR)
     if tag not in _PIXELS:
         raise ScanError(f"{name}: has no pixels (PixelData); send the images again")
+    values = 2 ** int(data.BitsStored)
+    lowest = -values // 2 if data.get("PixelRepresentation") else 0
     count = int(data.get("NumberOfFrames") or 1)
     frames = data.get("PerFrameFunctionalGroupsSequence") or []
     if len(frames) != count and (count > 1 or frames):
@@ -265,7 +269,12 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
                 start=start,
                 data=data,
                 frame=i,
+                series=str(data.get("SeriesInstanceUID") or NO_UID),
+                patient=str(data.get("PatientID") or ""),
+                modality=modality,
                 kind=tuple(map(str, get("FrameType") or get("ImageType") or ())),
+                grey="MONOCHROME" in str(data.get("PhotometricInterpretation")),
+                limits=(lowest, lowest + values - 1),
                 shape=(int(data.Rows), int(data.Columns)),
                 spacing=_floats(get("PixelSpacing")),
                 axes=_floats(get("ImageOrientationPatient")),
@@ -274,16 +283,6 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
             )
         )
     return slices
-
-
-def _class_of(data: Any) -> str:
-    return str(data.file_meta.get("MediaStorageSOPClassUID") or data.get("SOPClassUID") or "")
-
-
-def _is_ct(data: Any) -> bool:
-    # Images of the class "CT Image Storage" need not say that they are CT.
-    modality = data.get("Modality") or ("CT" if f"{_class_of(data)}.".startswith(f"{_CT}.") else "")
-    return bool(modality == "CT")
 
 
 def _find(groups: Sequence[Any], data: Any, keyword: str) -> Any:
@@ -309,7 +308,7 @@ def _choose(where: str, slices: list[_Slice], series: str) -> list[_Slice]:
             f"{where}: holds {found} in DICOM; a scan is one .nii or .nii.gz file, or a folder, a ZIP or a list "
             "of the slices of a series"
         )
-    patients = {s.data.get("PatientID") or "" for s in kept} - {""}
+    patients = {s.patient for s in kept} - {""}
     if len(patients) > 1:
         raise ScanError(f"{where}: must hold one patient, holds images of {len(patients)}; separate them")
     counts = Counter(s.series for s in kept)
@@ -317,10 +316,9 @@ def _choose(where: str, slices: list[_Slice], series: str) -> list[_Slice]:
         listed = ", ".join(f"{uid} ({count} images)" for uid, count in sorted(counts.items()))
         raise ScanError(f"{where}: holds {len(counts)} series; choose one with series=...: {listed}")
     for s in kept:
-        if not _is_ct(s.data):
-            found = repr(str(s.data.get("Modality") or "none")[:16])
+        if s.modality != "CT":
             raise ScanError(
-                f"{s.where}: must have Modality 'CT', found {found}; only CT has Hounsfield units"
+                f"{s.where}: must have Modality 'CT', found {s.modality[:16]!r}; only CT has Hounsfield units"
             )
     # A reformat or a picture of a report in a series is of another kind than its slices.
     kind, _ = Counter(s.kind[:3] for s in kept).most_common(1)[0]
@@ -341,8 +339,7 @@ def _in_order(where: str, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarra
                 f"{s.where}: must have PixelSpacing, ImageOrientationPatient and ImagePositionPatient, which "
                 "say where it lies"
             )
-        grey = str(s.data.get("PhotometricInterpretation", "")).startswith("MONOCHROME")
-        if not grey or min(s.shape) < 2 or math.prod(s.shape) > _MOST_PIXELS:
+        if not s.grey or min(s.shape) < 2 or math.prod(s.shape) > _MOST_PIXELS:
             raise ScanError(f"{s.where}: must have 2 x 2 to {_MOST_PIXELS} grey pixels, has {s.shape}")
     for what, noun in (("shape", "size"), ("spacing", "PixelSpacing"), ("axes", "orientation")):
         values = np.array([getattr(s, what) for s in slices], float)
@@ -419,9 +416,7 @@ def _dtype_of(slices: list[_Slice]) -> np.dtype:
         slope, intercept = s.scale or (1.0, 0.0)
         if slope % 1 or intercept % 1:
             return np.dtype(np.float32)
-        count = 2 ** int(s.data.BitsStored)
-        low = -count // 2 if s.data.get("PixelRepresentation") else 0
-        limits += [slope * low + intercept, slope * (low + count - 1) + intercept]
+        limits += [slope * stored + intercept for stored in s.limits]
     for kind in (np.int16, np.int32):
         if np.iinfo(kind).min <= min(limits) and max(limits) <= np.iinfo(kind).max:
             return np.dtype(kind)

@@ -613,6 +613,31 @@ def test_a_header_that_cannot_be_read_is_not_quoted(tmp_path, caplog):
     assert e.value.__cause__ is None
 
 
+@pytest.mark.parametrize(
+    "values", [{"PatientID": SECRET * 9}, {"Modality": "CT" * 99}, {"SOPClassUID": "Doe"}]
+)
+def test_odd_values_are_not_quoted(tmp_path, recwarn, capfd, values):
+    """pydicom warns of them, with the value."""
+    folder = series(tmp_path / "in")
+    for path in folder.iterdir():
+        edit(path, **values)
+    recwarn.clear()
+    message = ""
+    try:
+        read_scan(folder)
+    except ScanError as e:
+        message = str(e)
+    assert not recwarn.list
+    assert SECRET not in "".join([message, *capfd.readouterr()])
+
+
+def test_a_header_without_what_a_decoder_needs_is_refused(tmp_path):
+    path = next(series(tmp_path / "in").iterdir())
+    edit(path, BitsStored=None)
+    with pytest.raises(ScanError, match=f"{path.name}: cannot be read .damaged"):
+        read_scan(tmp_path / "in")
+
+
 def test_a_coded_picture_of_another_size_is_refused_before_it_is_decoded(tmp_path, shared_data):
     for path in (shared_data / "ct/dicom/totalseg_jpeg2000_20").iterdir():
         content = bytearray(path.read_bytes())

@@ -534,7 +534,7 @@ def test_a_pipe_among_scans_costs_one_scan_and_so_does_dicom_beside_it(tmp_path)
     summary = _run(tmp_path, source)
     assert (summary.done, list(summary.rejected)) == (1, ["a", "in"])
     assert "found a pipe" in summary.rejected["a"]
-    assert "must be a file, found a pipe" in summary.rejected["in"]
+    assert "a.nii: cannot be read (damaged, or no plain file" in summary.rejected["in"]
 
 
 def test_what_a_killed_run_left_beside_the_store_is_removed(tmp_path):
