@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medvl.base import config, files
 from medvl.base.tree import Tree
-from medvl.ct import metadata_table, names, preprocess, reports
+from medvl.ct import dicom, metadata_table, names, preprocess, reports
 from medvl.ct.preprocess import CtConfig, Volume
 from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
@@ -34,8 +34,8 @@ def look_at_scan(
     Args:
         findings: to tell the probability of, in words; () = those of the run.
         metadata_csv: a table with the scan's row, by `VolumeName`.
-        settings: of how this scan is read, `hu=...` and `spacing_from=...`; all else must be as the run was
-            trained.
+        settings: of how this scan is read, `hu=...`, `spacing_from=...` and `tilt=...`; all else must be as the
+            run was trained.
         opened: from `run.load`; None = it is loaded here.
     Returns:
         {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from
@@ -46,7 +46,7 @@ def look_at_scan(
     cfg = _scan_settings(config.load_record(folder / "config.json", Config).ct, settings)
     row = None
     if metadata_csv:
-        name = names.volume_name(scan)
+        name = names.volume_name(dicom.split(scan)[0])
         row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
     volume = preprocess.preprocess_scan(scan, cfg, row)
     ct_clip, params = opened or load(folder)
@@ -69,9 +69,9 @@ def _scan_settings(trained_with: CtConfig, settings: Sequence[str]) -> CtConfig:
     raw = config.override(config.unstructure(trained_with), tuple(settings), "one scan")
     cfg = config.structure(raw, CtConfig, "one scan")
     # How a scan is read depends on its file; the grid and the values must be those that the network knows.
-    if evolve(cfg, hu=trained_with.hu, spacing_from=trained_with.spacing_from) != trained_with:
+    if evolve(trained_with, hu=cfg.hu, spacing_from=cfg.spacing_from, tilt=cfg.tilt) != cfg:
         raise ValueError(
-            "one scan: only hu and spacing_from may differ from what the run was trained with, got "
+            "one scan: only hu, spacing_from and tilt may differ from what the run was trained with, got "
             f"{', '.join(settings)}"
         )
     return cfg

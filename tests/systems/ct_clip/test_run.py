@@ -206,7 +206,7 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
         look.look_at_scan(folder, blank)
     with pytest.raises(
         ValueError,
-        match="only hu and spacing_from may differ from what the run was trained with, got preset=merlin",
+        match="only hu, spacing_from and tilt may differ from what the run was trained with, got preset=merlin",
     ):
         look.look_at_scan(folder, blank, (), "", ["preset=merlin", "spacing_mm=[]"])
     with pytest.raises(
