@@ -314,7 +314,9 @@ def _choose(where: str, slices: list[_Slice], series: str) -> list[_Slice]:
     counts = Counter(s.series for s in kept)
     if len(counts) > 1:
         listed = ", ".join(f"{uid} ({count} images)" for uid, count in sorted(counts.items()))
-        raise ScanError(f"{where}: holds {len(counts)} series; choose one with series=...: {listed}")
+        raise ScanError(
+            f"{where}: holds {len(counts)} series; choose one by series=UID, or as {where}/UID: {listed}"
+        )
     for s in kept:
         if s.modality != "CT":
             raise ScanError(
