@@ -54,19 +54,13 @@ def fill_impressions(
     impressions.check_tables(table, rows, pool, for_training)
     prompts = impressions.make_prompts(rows, pool, shots, seed)
     row_of = {prompt: row for row, prompt in enumerate(prompts, 2) if prompt}
+    turns = [{"role": "user", "content": prompt} for prompt in row_of]
     requests = [
-        Request(
-            id=f"row {row}",
-            messages=({"role": "user", "content": prompt},),
-            max_tokens=max_tokens,
-            seed=seed,
-        )
-        for prompt, row in row_of.items()
+        Request(id=f"row {row}", messages=(turn,), max_tokens=max_tokens, seed=seed)
+        for row, turn in zip(row_of.values(), turns, strict=True)
     ]
     here = "" if engine else model
-    cfg = ServeConfig(
-        engine=engine, engine_model=model, model=here, rows=in_flight, queue=in_flight, grace_s=0
-    )
+    cfg = ServeConfig(engine=engine, engine_model=model, model=here, rows=in_flight, queue=in_flight)
     decides = json.dumps([*row_of, model, max_tokens, seed]).encode()
     journal = path.with_suffix(f".{hashlib.sha256(decides).hexdigest()[:8]}.answers.jsonl")
     with files.file_lock(path):
@@ -92,21 +86,16 @@ def _ask_all(backend: Backend, requests: Sequence[Request], journal: Path) -> li
     engine, gate = backend.language_engine(), asyncio.Semaphore(backend.cfg.queue)
     tasks = dict[int, asyncio.Task[progress.Line]]()
 
-    async def gated(request: Request) -> progress.Line:
-        async with gate:
-            return await _ask(engine, request)
-
     async def ask(rows: Sequence[int]) -> list[progress.Line]:
         """The answer to one request, while those to the next ones are on their way."""
         (first,) = rows
-        for worker in backend.workers:
-            if worker.state == "new":
-                worker.start()
+        if not tasks:
+            backend.start()
         await backend.wait_ready()
         # Answers are kept in order; so many ahead, one that is slow holds nobody up.
         for row in range(first, min(first + 4 * backend.cfg.queue, len(requests))):
             if row not in tasks:
-                tasks[row] = asyncio.create_task(gated(requests[row]))
+                tasks[row] = asyncio.create_task(_ask(engine, requests[row], gate))
         return [await tasks[first]]
 
     async def close() -> None:
@@ -125,26 +114,27 @@ def _ask_all(backend: Backend, requests: Sequence[Request], journal: Path) -> li
             runner.run(close())
 
 
-async def _ask(engine: Engine, request: Request) -> progress.Line:
+async def _ask(engine: Engine, request: Request, gate: asyncio.Semaphore) -> progress.Line:
     """An answer. An engine that fails is asked again after a while; one that says nothing once, less greedily."""
-    for attempt in itertools.count():
-        text, end = "", None
-        try:
-            async for item in engine.stream(request):
-                if isinstance(item, Piece):
-                    text += item.text
-                else:
-                    end = item
-        except Refused as e:
-            if e.status not in (429, 500, 502, 503, 504) or attempt + 1 >= _TRIES:
-                raise ValueError(
-                    f"impressions: {request.id} of the table: {e}; the same command goes on from what was answered"
-                ) from None
-            await asyncio.sleep(max(e.retry_after, _BACKOFF_S * 2**attempt))
-            continue
-        assert end is not None
-        is_cut = end.reason == "length"
-        if request.temperature or impressions.clean_answer(text, is_cut)[0]:
-            return {"text": text, "is_cut": is_cut, "model": end.model}
-        request = evolve(request, temperature=0.5)
+    async with gate:
+        for attempt in itertools.count():
+            text, end = "", None
+            try:
+                async for item in engine.stream(request):
+                    if isinstance(item, Piece):
+                        text += item.text
+                    else:
+                        end = item
+            except Refused as e:
+                if e.status not in (429, 500, 502, 503, 504) or attempt + 1 >= _TRIES:
+                    raise ValueError(
+                        f"impressions: {request.id} of the table: {e}; the same command goes on from what was answered"
+                    ) from None
+                await asyncio.sleep(max(e.retry_after, _BACKOFF_S * 2**attempt))
+                continue
+            assert end is not None
+            is_cut = end.reason == "length"
+            if request.temperature or impressions.clean_answer(text, is_cut)[0]:
+                return {"text": text, "is_cut": is_cut, "model": end.model}
+            request = evolve(request, temperature=0.5)
     raise AssertionError

@@ -60,7 +60,8 @@ def make_prompts(table: Table, examples: Table, shots: int, seed: int) -> list[s
 
     Reconstructions of a scan have one prompt, and so one answer: its examples are drawn by the seed and its name.
     """
-    texts = {names.scan_of(v): (_text(row, FINDINGS), _text(row, IMPRESSION)) for v, row in examples.items()}
+    real = {volume: row for volume, row in examples.items() if row.get(SOURCE) != "generated"}
+    texts = {names.scan_of(v): (_text(row, FINDINGS), _text(row, IMPRESSION)) for v, row in real.items()}
     pool = [pair for pair in texts.values() if all(pair)]
     if len(pool) < shots:
         raise ValueError(f"impressions: needs {shots} scans with both texts as examples, got {len(pool)}")

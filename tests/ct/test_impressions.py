@@ -49,8 +49,11 @@ def test_a_prompt_is_one_per_scan_and_made_of_complete_reports_of_distinct_scans
     assert alone == other != impressions.make_prompts(rows, examples, 8, 1)[2]
 
 
-def test_too_few_examples_are_refused(tmp_path):
-    rows = table(tmp_path / "r.csv", ["p_1_a_1,Clear.,"])
+def test_too_few_examples_are_refused_and_those_of_a_model_are_none(tmp_path):
+    rows, examples = table(tmp_path / "r.csv", ["p_1_a_1,Clear.,"]), training(tmp_path)
+    made = {volume: row | {"Impression_source": "generated"} for volume, row in examples.items()}
+    with pytest.raises(ValueError, match="needs 8 scans with both texts as examples, got 0"):
+        impressions.make_prompts(rows, made, 8, 0)
     with pytest.raises(ValueError, match="needs 8 scans with both texts as examples, got 5"):
         impressions.make_prompts(rows, training(tmp_path, 5), 8, 0)
 
