@@ -45,8 +45,8 @@ def check_tables(path: str, table: Table, examples: Table, for_training: bool) -
     for row, volume in enumerate(table, 2):
         if other := row_of.get(names.patient_of(volume)):
             raise ValueError(
-                f"impressions: examples must be of other patients than {path}, but their row {other} and its row "
-                f"{row} are of one; give the training table to --examples"
+                f"impressions: examples must be of other patients than {path}, but row {other} of them and its row "
+                f"{row} are of the same one; give the training table to --examples"
             )
         if not for_training and (volume.startswith(("valid_", "test_")) or volume in labelled):
             raise ValueError(

@@ -62,7 +62,7 @@ def test_examples_of_the_tables_patients_are_refused(tmp_path):
     examples = training(tmp_path)
     rows = table(tmp_path / "r.csv", ["p_1_a_1,Clear.,", "train_3_b_1.nii.gz,Clear.,"])
     with pytest.raises(
-        ValueError, match=r"their row 9 and its row 3 are of one; give the training table"
+        ValueError, match=r"row 9 of them and its row 3 are of the same one; give the training table"
     ) as e:
         impressions.check_tables(str(tmp_path / "r.csv"), rows, examples, True)
     assert "train_3" not in str(e.value)
