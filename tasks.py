@@ -352,6 +352,14 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", shee
     sys.exit(status)
 
 
+@task(iterable=["set_"], help=SET | {"cluster": OF_CLUSTER})
+def features(c, exp, set_=None, cluster=""):
+    """Compute the slice features of an experiment with a frozen encoder ahead of its training."""
+    from medvl.commands import ct
+
+    _call(ct.print_features, exp, set_ or (), cluster)
+
+
 @task(
     positional=["action"],
     help={

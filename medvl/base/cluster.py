@@ -16,8 +16,7 @@ def open_cluster(address: str, timeout_s: float = 10) -> Iterator[Any]:
     """A Dask client: of the scheduler at `tcp://HOST:PORT`, or of N processes of one thread for `local:N`.
 
     Raises:
-        ValueError: another address, no scheduler there, one without workers or one that goes away, Dask is
-            not installed.
+        ValueError: another address, no scheduler there, without workers or gone meanwhile; no Dask.
     """
     try:
         import dask
@@ -27,31 +26,30 @@ def open_cluster(address: str, timeout_s: float = 10) -> Iterator[Any]:
         raise ValueError(f"cluster: needs Dask ({e}); pip install 'medvl[cluster]'") from e
     local = re.fullmatch(r"local:([1-9]\d{0,3})", address)
     remote = re.fullmatch(r"tcp://\[?([^\s\[\]]+)\]?:(\d{1,5})", address)
+    if not local and not remote:
+        raise ValueError(f"cluster: must be local:N or tcp://HOST:PORT, got {address!r}")
     # What goes wrong is said here in one sentence, or told by the result of an item.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
-        if local:
-            # An item is given up with the second worker that it costs, as worker processes do.
-            stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 1}))
-            processes = LocalCluster(
-                n_workers=int(local[1]),
-                threads_per_worker=1,
-                memory_limit=None,
-                dashboard_address="127.0.0.1:0",
-                scheduler_kwargs={"dashboard": False},
-                silence_logs=logging.CRITICAL,
-                preload=[_DEAF],
-            )
-            address = stack.enter_context(processes).scheduler_address
-        elif not remote:
-            raise ValueError(f"cluster: must be local:N or tcp://HOST:PORT, got {address!r}")
         try:
             if remote:
                 # A scheduler speaks first; Dask would wait for ever where another kind of server is silent.
                 with socket.create_connection((remote[1], int(remote[2])), timeout_s) as greeted:
                     if not greeted.recv(1):
                         raise OSError("it hung up")
+            elif local:
+                # An item is given up with the second worker that it costs, as worker processes do.
+                stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 1}))
+                settings: dict[str, Any] = {
+                    "n_workers": int(local[1]),
+                    "threads_per_worker": 1,
+                    "memory_limit": None,
+                }
+                settings |= {"silence_logs": logging.CRITICAL, "preload": [_DEAF]}
+                # Without the page of Dask, whose port several runs would want.
+                settings |= {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}
+                address = stack.enter_context(LocalCluster(**settings)).scheduler_address
             client = stack.enter_context(Client(address, timeout=timeout_s))
             client.wait_for_workers(1, timeout=timeout_s)
         except (
@@ -63,10 +61,8 @@ def open_cluster(address: str, timeout_s: float = 10) -> Iterator[Any]:
         try:
             yield client
         except (CancelledError, CommClosedError) as e:
-            raise ValueError(
-                f"cluster: the scheduler at {address} went away; finished work is kept, the same command "
-                "continues from there"
-            ) from e
+            again = "finished work is kept, the same command continues from there"
+            raise ValueError(f"cluster: the scheduler at {address} went away; {again}") from e
 
 
 def map_on_cluster(

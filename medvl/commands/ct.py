@@ -20,6 +20,7 @@ from medvl.ct import audit, ingest, metadata_table, names, preprocess, reports
 from medvl.evaluation import report, results
 from medvl.systems import ct_clip, run
 from medvl.systems.ct_clip.look import look_at_scan
+from medvl.systems.ct_clip.slice_features import compute_features
 
 _log = logging.getLogger("medvl")
 _ON_SHEET = 36  # volumes of a contact sheet
@@ -74,13 +75,25 @@ def _ct_settings(exp: str) -> dict[str, Any]:
     """The CT settings of an experiment; {} without one."""
     if not exp:
         return {}
-    cfg, _ = run.resolve(exp)
+    return config.unstructure(_ct_record(exp, (), "preprocess").ct)
+
+
+def _ct_record(exp: str, overrides: Sequence[str], task: str) -> Any:
+    cfg, _ = run.resolve(exp, overrides)
     # Other systems have no `ct` table at all.
     if not isinstance(cfg, ct_clip.SYSTEM.record):
         raise ValueError(
-            f"preprocess: {exp} is a {cfg.system} experiment; only ct_clip experiments have settings of CT"
+            f"{task}: {exp} is a {cfg.system} experiment; only ct_clip experiments have settings of CT"
         )
-    return config.unstructure(cfg.ct)  # type: ignore[attr-defined]
+    return cfg
+
+
+def print_features(exp: str, overrides: Sequence[str], cluster: str) -> None:
+    """Compute the slice features of a frozen encoder ahead of training, and print where they are."""
+    cfg = _ct_record(exp, overrides, "features")
+    ct_clip.SYSTEM.prepare(cfg, print)
+    for features in compute_features(cfg, cluster):
+        print(f"{features.path}: slice features of {len(features.names)} volumes")
 
 
 def _write_sheet(store_path: str, sheet: str) -> None:

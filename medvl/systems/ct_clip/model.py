@@ -53,11 +53,7 @@ def init_model(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Mo
         ValueError: sizes that do not fit each other.
     """
     gen = torch.Generator().manual_seed(cfg.seed)
-    if cfg.vit.name:
-        vit, vit_params = loading.load_encoder(cfg.vit.name, "vision")
-    else:
-        vit, vit_params = skeletons.init_skeleton(cfg.vit.config, gen)
-    _check_widths(cfg, vit)
+    vit, vit_params = init_encoder(cfg, gen)
     tokenizer = _open_tokenizer(cfg, folder, texts)
     tower = cfg.words.tower
     if len(tokenizer) > tower.vocabulary:
@@ -77,6 +73,20 @@ def init_model(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Mo
         text_width = tower.dim
     params |= _init_contrast(cfg, text_width, gen)
     return Model(cfg=cfg, vit=vit, text_encoder=text_encoder, tokenizer=tokenizer), params
+
+
+def init_encoder(cfg: Config, gen: torch.Generator) -> tuple[skeletons.Skeleton, Tree]:
+    """The slice encoder and its starting weights, the first draws from `gen`.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    if cfg.vit.name:
+        vit, params = loading.load_encoder(cfg.vit.name, "vision")
+    else:
+        vit, params = skeletons.init_skeleton(cfg.vit.config, gen)
+    _check_widths(cfg, vit)
+    return vit, params
 
 
 def empty_model(cfg: Config) -> tuple[Model, Tree]:

@@ -1,5 +1,9 @@
 """The cache of a frozen slice encoder's features: computed once, found again by weights and settings."""
 
+import functools
+import json
+import re
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -12,14 +16,17 @@ from torch import Tensor
 
 from medvl.base import config, files, processes, store
 from medvl.base.cache import missing_names
+from medvl.base.cluster import map_on_cluster, open_cluster
 from medvl.base.display import track
 from medvl.base.store import Store
-from medvl.base.tree import Tree
+from medvl.base.tree import Tree, flatten, map_leaves
 from medvl.components import encode
 from medvl.ct import pairs
 from medvl.hub import skeletons
 from medvl.systems.ct_clip import model as ct_clip
+from medvl.systems.ct_clip.data import open_volumes
 from medvl.systems.ct_clip.model import Model
+from medvl.systems.ct_clip.record import Config
 from medvl.training.order import prefetch
 
 # Volumes that a GPU encodes together, which a single one of a small encoder would not fill.
@@ -27,12 +34,41 @@ _TOGETHER_ON_GPU = 4
 _FIELDS = (("spacing_mm", "f8", 3), ("occupied", "i4", 2), ("volume", "S32"))  # volume: digest of its voxels
 
 
-def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) -> Store:
+def compute_features(cfg: Config, cluster: str = "") -> list[Store]:
+    """Slice features of training and validation volumes ahead of the training that will find them, in this process or
+    on a cluster (see `open_cluster`).
+
+    Raises:
+        ValueError: the first stage trains another encoder than the starting one; as `cached_features`.
+    """
+    model, params = _starting_encoder(cfg)
+    stage, names = cfg.train.stages[0], [*flatten(params), *(["vit.whiten"] if cfg.vit.whiten else [])]
+    for name in names:
+        if name == "vit.whiten" or any(re.fullmatch(pattern, name) for pattern in stage.train):
+            raise ValueError(
+                f"features: stage {stage.name} must leave the slice encoder as it is, and {name} changes it; "
+                "only features of a frozen encoder can be computed ahead of training"
+            )
+    volumes = [open_volumes(cfg, split) for split in ("train", "valid")]
+    with open_cluster(cluster) if cluster else nullcontext() as client:
+        return [cached_features(model, params, v, Path(cfg.data.cache), client) for v in volumes]
+
+
+def _starting_encoder(cfg: Config) -> tuple[Model, Tree]:
+    vit, params = ct_clip.init_encoder(cfg, torch.Generator().manual_seed(cfg.seed))
+    device = processes.choose_device(cfg.train.device)
+    params = map_leaves(lambda leaf: leaf.to(device), {"vit": params})
+    return Model(cfg=cfg, vit=vit, text_encoder=None, tokenizer=None), params
+
+
+def cached_features(model: Model, params: Tree, volumes: Store, folder: Path, client: Any = None) -> Store:
     """Slice features of every volume: a store keyed by the weights, the settings and the volumes' file.
 
     Rows hold float16 [s, d] and which content of the volume they were made from. All processes must call
     this: each computes its share. Another run over the same cache waits meanwhile, then finds the features.
 
+    Args:
+        client: of a cluster, whose workers compute them from the starting weights of the record.
     Raises:
         ValueError: a volume has changed since its features were computed.
     """
@@ -43,8 +79,9 @@ def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) ->
     # Process 0 holds the lock for all; the others wait for it in `wait_for_all`.
     with files.file_lock(path, wait=True) if is_first else nullcontext():
         if is_first:
-            if not path.exists():
-                store.create(path, volumes.names, shape, "float16", settings, _FIELDS)
+            file = store.main_file(path) if client is None else store.begin_shards(path)
+            if not file.exists():
+                store.create(file, volumes.names, shape, "float16", settings, _FIELDS)
             # Volumes may have been added to the split since.
             store.grow(path, volumes.names)
         processes.wait_for_all()
@@ -53,7 +90,10 @@ def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) ->
         # Nobody else writes while the lock is held, so this need not be read again.
         computed = {*features.names}
         missing = missing_names(volumes.names, computed.__contains__, together=True)
-        _compute_features(model, params["vit"], volumes, missing, features)
+        if client is None:
+            _compute_features(model, params["vit"], volumes, missing, features)
+        else:
+            _compute_on_cluster(client, model.cfg, volumes, missing, features)
         processes.wait_for_all()
     return store.open_store(path, expect=settings)
 
@@ -72,8 +112,40 @@ def _settings(model: Model, params: Tree, volumes: Store) -> dict[str, Any]:
     }
 
 
+def _compute_on_cluster(
+    client: Any, cfg: Config, volumes: Store, names: Sequence[str], features: Store
+) -> None:
+    batches = [names[i : i + _TOGETHER_ON_GPU] for i in range(0, len(names), _TOGETHER_ON_GPU)]
+    opened = json.dumps(config.unstructure(cfg)), volumes.path.absolute(), features.path.absolute()
+    run = functools.partial(_compute_on_worker, opened=(*opened, uuid.uuid4().hex))
+    results = map_on_cluster(client, run, batches, lost="its workers died, most likely out of memory")
+    for batch, problem in track(results, "computing slice features", len(batches)):
+        if problem:
+            raise ValueError(f"{features.path}: {batch[0]}: {problem}; the same command goes on from here")
+
+
+def _compute_on_worker(names: Sequence[str], opened: tuple[str, Path, Path, str]) -> str:
+    model, params, volumes, features = _open_on_worker(*opened)
+    _compute_features(model, params["vit"], volumes, names, features, show=False)
+    return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _open_on_worker(record: str, source: Path, path: Path, run_id: str) -> tuple[Model, Tree, Store, Store]:
+    """Once per process and run: the encoder, the volumes, and a shard of the features."""
+    model, params = _starting_encoder(config.structure(json.loads(record), Config))
+    volumes = store.open_store(source)
+    store.open_store(path, expect=_settings(model, params, volumes))  # no other weights or precision here
+    return model, params, volumes, store.open_shard(path)
+
+
 def _compute_features(
-    model: Model, vit_params: Tree, volumes: Store, names: Sequence[str], features: Store
+    model: Model,
+    vit_params: Tree,
+    volumes: Store,
+    names: Sequence[str],
+    features: Store,
+    show: bool = True,
 ) -> None:
     """Encode volumes and put their features into the store: the next ones are read while these are encoded, and
     those before are written.
@@ -100,7 +172,7 @@ def _compute_features(
     with ThreadPoolExecutor(1) as writer, torch.no_grad():
         written: Future[None] | None = None
         for i, batch in track(
-            prefetch(read, 0, len(batches), device), "computing slice features", total=len(batches)
+            prefetch(read, 0, len(batches), device), "computing slice features", len(batches), show=show
         ):
             z = ct_clip.encode_volumes(model, vit_params, batch["slices"], batch["mask"])
             if written is not None:

@@ -33,7 +33,7 @@ from medvl.serve import rooms
 from medvl.serve.interface import Refused
 from medvl.systems import export, run
 from medvl.systems.ct_clip import data as ct_data
-from medvl.systems.ct_clip import look, score
+from medvl.systems.ct_clip import look, score, slice_features
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import record as ct_record
 from medvl.systems.ct_clip import run as ct_clip_run
@@ -940,3 +940,57 @@ def test_a_run_is_served(trained):
             ask("classify", content=content, findings=[], settings=settings, with_slices=False)
         assert "/proc" not in str(refused.value)
         assert "Jane" not in str(refused.value)
+
+
+FROZEN = (*SET, "train.stages.0.train=['(fuse|text|project|contrast)/.*']")
+
+
+def test_features_of_a_cluster_are_those_that_training_finds(trained, tmp_path, monkeypatch, capsys):
+    sharded = (*FROZEN, f"data.cache='{tmp_path / 'sharded'}'")
+    ct_commands.print_features("ctclip_phantom", sharded, "local:2")
+    assert (
+        len(capsys.readouterr().out.splitlines()[-2:]) == len(list((tmp_path / "sharded").glob("*.h5"))) == 2
+    )
+    alone, _ = run.resolve("ctclip_phantom", (*FROZEN, f"data.cache='{tmp_path / 'alone'}'"))
+    for whole in slice_features.compute_features(alone):
+        assert whole.path.is_file()
+        shards = store.open_store(tmp_path / "sharded" / whole.path.name, expect=whole.settings)
+        assert shards.path.is_dir()
+        assert shards.names == whole.names
+        for name in whole.names:
+            assert np.array_equal(shards.read(name), whole.read(name))
+            assert (shards.row(name), shards.content(name)) == (whole.row(name), whole.content(name))
+    # The training reads the shards, and computes nothing.
+    monkeypatch.setattr(slice_features.store, "put", None)
+    assert run.run("ctclip_phantom", sharded, lambda line: None)
+
+
+def test_features_ahead_of_a_training_that_changes_the_encoder_are_refused(trained):
+    for settings, reason in (
+        (SET, "vit/.* changes it"),
+        ((*FROZEN, "vit.whiten=true"), r"vit\.whiten changes it"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"stage contrast must leave the slice encoder as it is, and {reason}"
+        ):
+            ct_commands.print_features("ctclip_phantom", settings, "")
+    with pytest.raises(ValueError, match="is a tune experiment; only ct_clip"):
+        ct_commands.print_features("tune_phantom", (), "")
+
+
+def test_a_run_on_a_store_of_other_settings_is_refused(trained, tmp_path):
+    cfg, folder = trained
+    path = tmp_path / "other.h5"
+    scans = ct_data.data_folder(cfg) / "test"
+    ingest.preprocess_folder(
+        scans,
+        path,
+        evolve(cfg.ct, antialias="off"),
+        ct_data.data_path(cfg, "metadata", "test"),
+        progress=False,
+    )
+    store_of_others = f"data.store='{path}'"
+    with pytest.raises(ValueError, match=r"made with other settings \(wanted / found\).*antialias"):
+        run.evaluate(str(folder), (store_of_others,))
+    with pytest.raises(ValueError, match=r"made with other settings \(wanted / found\).*antialias"):
+        ct_commands.print_features("ctclip_phantom", (*FROZEN, store_of_others), "")
