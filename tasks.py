@@ -328,7 +328,7 @@ def experiments(c):
 @task(
     positional=[],
     help={
-        "source": "folder of scans, one scan, or CSV with a column path or VolumeName",
+        "source": "folder of scans (NIfTI, series of DICOM), one scan, or CSV with a column path or VolumeName",
         "out": "the store to make or to continue, e.g. data/train.h5",
         "exp": "take the CT settings of this experiment instead of the defaults",
         "set_": "setting of CtConfig, e.g. preset=reference, repeatable",

@@ -400,9 +400,10 @@ def _check_gaps(where: str, heights: np.ndarray) -> None:
     # A gap of two or three distances is where one or two slices were.
     steps = (gaps[bad] / usual).round()
     if (steps >= 2).all() and (np.abs(gaps[bad] - steps * usual) <= most * steps).all():
+        count = int((steps - 1).sum())
         raise ScanError(
-            f"{where}: {int((steps - 1).sum())} slices are missing between {between} along the normal (others "
-            f"lie {usual:.3g} mm apart); send the whole series"
+            f"{where}: {count} {'slice is' if count == 1 else 'slices are'} missing between {between} along the "
+            f"normal (others lie {usual:.3g} mm apart); send the whole series"
         )
     raise ScanError(
         f"{where}: slices must lie evenly, found distances of {gaps.min():.3g} to {gaps.max():.3g} mm: most are "

@@ -120,6 +120,9 @@ def test_a_shuffled_series_equals_its_volume_and_affine(tmp_path):
     assert (scan.name, scan.header.shape, scan.voxels.dtype) == ("in", voxels.shape, np.int16)
     assert scan.voxels.flags.f_contiguous
     assert not scan.header.doubt
+    for hu in ("auto", "header", "none"):
+        volume = preprocess_scan(tmp_path / "in", evolve(SMALL, hu=hu))
+        assert (volume.slope, volume.intercept) == (1, 0)
 
 
 def test_the_real_series_equals_its_nifti_file(tmp_path, shared_data):
@@ -390,15 +393,17 @@ def test_a_tilted_gantry_is_sheared_as_the_formula_says(tmp_path):
 
 
 def test_tilt_the_other_way_and_none(tmp_path):
-    a = series(tmp_path / "a", step=(-0.7, -0.8, 3.0))
-    with open_scan(a) as (header, slices):
+    """Each slice lies one voxel further to the right and to anterior: slices are moved, and nothing is lost."""
+    voxels = drawn(shape=(8, 10, 5))
+    with open_scan(series(tmp_path / "a", voxels, step=(-MM[0], -MM[1], 3.0))) as (header, slices):
         straight, moved = scans.straighten(header, slices)
-        last = list(moved)[-1]
-    assert (last[: -header.shape[0]].size, last.shape) == (last[: -header.shape[0]].size, straight.shape[:2])
-    point = straight.affine @ [*(np.array(straight.shape[:2]) - header.shape[:2]), 0, 1]
-    assert np.abs(point - header.affine @ [0, 0, 0, 1]).max() < max(
-        MM[:2]
-    )  # the first slice ends at the far side
+        found = scans.stack_slices(straight, moved)
+    expected = np.empty((12, 14, 5), np.int16)
+    for k in range(5):
+        expected[:, :, k] = voxels[:, :, k].min()
+        expected[4 - k : 12 - k, 4 - k : 14 - k, k] = voxels[:, :, k]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(straight.affine @ [4, 4, 0, 1], header.affine @ [0, 0, 0, 1], atol=1e-9)
     with open_scan(series(tmp_path / "b")) as (header, slices):
         assert scans.straighten(header, slices)[0] is header
 
@@ -489,7 +494,7 @@ TURNED = [1, 0, 0, 0, 0.996, 0.087]
 BROKEN = {  # what is done to a good series, and what is said of it
     "a slice is missing": (
         lambda f: _removed(f, 5),
-        r"1 slices are missing between \S+ and \S+ mm along the normal",
+        r"1 slice is missing between \S+ and \S+ mm along the normal",
     ),
     "three slices are missing": (
         lambda f: _removed(f, 3, 6, 7),
@@ -545,26 +550,21 @@ BROKEN = {  # what is done to a good series, and what is said of it
 }
 
 
-def _source(tmp_path, data):
-    real = data / "ct/dicom/cip_ct64_series"
-    folder = tmp_path / "in"
-    if not real.is_dir():
-        return series(folder)
+def _real(folder, data):
     folder.mkdir()
-    for i, path in enumerate(sorted(real.iterdir())):
-        shutil.copy(path, folder / f"{i * 31 % 79:03d}")
-        edit(folder / f"{i * 31 % 79:03d}", PatientName=SECRET)
+    for i, path in enumerate(sorted((data / "ct/dicom/cip_ct64_series").iterdir())):
+        edit(shutil.copy(path, folder / f"{i * 31 % 79:03d}"), PatientName=SECRET)
     return folder
 
 
 @pytest.mark.parametrize("kind", ["drawn", "real"])
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_series_is_refused_with_its_reason(tmp_path, request, case, kind, caplog):
-    folder = (
-        series(tmp_path / "in")
-        if kind == "drawn"
-        else _source(tmp_path, request.getfixturevalue("shared_data"))
-    )
+    folder = tmp_path / "in"
+    if kind == "real":
+        _real(folder, request.getfixturevalue("shared_data"))
+    else:
+        series(folder)
     preprocess_scan(folder, SMALL)
     damage, message = BROKEN[case]
     damage(folder)
@@ -581,14 +581,14 @@ def test_a_copy_of_a_slice_is_no_error(tmp_path):
     np.testing.assert_array_equal(read_scan(_doubled(series(tmp_path / "in"), same=True)).voxels, drawn())
 
 
-def test_other_frames_and_files_are_refused(tmp_path, monkeypatch):
+def test_other_frames_and_files_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ScanError, match="has 12 frames and positions of 0, which only enhanced CT"):
         read_scan(enhanced(tmp_path / "a.dcm", drawn(), positions=False))
     with pytest.raises(ScanError, match="at least two slices, found 1"):
         read_scan(next(series(tmp_path / "in").iterdir()))
     with pytest.raises(ScanError, match="holds no slices in DICOM"):
-        read_scan(files_only := tmp_path / "empty" if (tmp_path / "empty").mkdir() is None else None)
-    assert files_only.exists()
+        read_scan(tmp_path / "empty")
     with pytest.raises(ScanError, match="holds no slices in DICOM"):
         read_scan([])
     (tmp_path / "in/damaged.dcm").write_bytes(bytes(100))
