@@ -658,32 +658,44 @@ def plugin(c, action, weights, variant, task, out, fusion="", base=""):
 # Options of the tasks about one scan.
 SCAN = {
     "run": "run folder",
-    "scan": "NIfTI file",
+    "scan": "NIfTI file, DICOM folder or ZIP",
     "metadata": "CSV with the scan's row by VolumeName, if its header is incomplete",
     "set_": "how this scan is read: hu=none, hu=metadata, spacing_from=metadata, ..., repeatable",
 }
 
 
-@task(positional=[], help=SCAN | {"out": "write the embedding [d] to this .npy"}, iterable=["set_"])
+@task(
+    positional=[],
+    help=SCAN
+    | {
+        "scan": "NIfTI file or ZIP; or a folder of scans, or a CSV with a column path",
+        "out": "write the embedding [d] to this .npy; of several scans [n, d], and their names to a .csv beside it",
+    },
+    iterable=["set_"],
+)
 def embed(c, run, scan, out, metadata="", set_=None):
-    """Embed one scan with a trained run."""
+    """Embed one scan or many with a trained run; status 3 if some of many were rejected."""
     _needs(run=run, scan=scan, out=out)
     from medvl.commands import ct
 
-    _call(ct.embed_scan, run, scan, out, metadata, set_ or ())
+    sys.exit(_call(ct.embed_scan, run, scan, out, metadata, set_ or ()))
 
 
 @task(
     positional=[],
-    help=SCAN | {"finding": "any finding in words, repeatable; default: those of the run"},
+    help=SCAN
+    | {
+        "finding": "any finding in words, repeatable; default: those of the run",
+        "out": "folder to make: a page with the slices that speak for each finding, and tables",
+    },
     iterable=["finding", "set_"],
 )
-def classify(c, run, scan, finding=None, metadata="", set_=None):
+def classify(c, run, scan, finding=None, metadata="", set_=None, out=""):
     """Zero-shot findings of one scan with a trained run. Research use, not for diagnosis."""
     _needs(run=run, scan=scan)
     from medvl.commands import ct
 
-    _call(ct.print_findings, run, scan, finding or (), metadata, set_ or ())
+    _call(ct.print_findings, run, scan, finding or (), metadata, set_ or (), out)
 
 
 @task(

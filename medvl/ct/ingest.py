@@ -357,19 +357,24 @@ def contact_sheet(
         sheet.save(tmp, format="PNG")
 
 
-def _draw_card(
-    volume: Volume, label: str, window_hu: tuple[float, float], tile: int = 200, margin: int = 18
-) -> Image.Image:
-    """The three slices of one volume side by side, with its label below."""
-    # To axes that grow to inferior, posterior and left, which is how an image is read from its upper left
-    # corner.
+def as_displayed(volume: Volume) -> tuple[np.ndarray, list[float]]:
+    """Voxels along axes that grow to inferior, posterior and left, as an image is read from its upper left corner,
+    and their spacing in mm.
+    """
     order, flips = [], []
     for pair in ("SI", "AP", "RL"):
         axis = next(i for i, letter in enumerate(volume.axes) if letter in pair)
         order.append(axis)
         flips.append(slice(None, None, 1 if volume.axes[axis] in "IPL" else -1))
-    voxels = volume.voxels.transpose(order)[tuple(flips)]
-    mm = np.array(voxels.shape) * [volume.spacing_mm[i] for i in order]
+    return volume.voxels.transpose(order)[tuple(flips)], [volume.spacing_mm[i] for i in order]
+
+
+def _draw_card(
+    volume: Volume, label: str, window_hu: tuple[float, float], tile: int = 200, margin: int = 18
+) -> Image.Image:
+    """The three slices of one volume side by side, with its label below."""
+    voxels, spacing_mm = as_displayed(volume)
+    mm = np.array(voxels.shape) * spacing_mm
     # The middle of the scan, not of the padded volume; counted from the other end where the axis was flipped.
     z = sum(volume.occupied) // 2
     if volume.axes[0] != "I":

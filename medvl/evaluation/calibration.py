@@ -3,7 +3,7 @@ are from what is observed. Scores and labels are `[n, c]` as in `metrics`.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +15,6 @@ from medvl.evaluation import metrics
 _log = logging.getLogger("medvl")
 Array = np.ndarray
 Kind = Literal["platt", "temperature", "none"]
-# Below the lowest scale scores would become one value, and the ranking would be lost to rounding.
-_SCALES = (0.01, 1000.0)
 _BINS = 10  # of the expected calibration error, of equal width
 
 
@@ -36,6 +34,11 @@ class Calibration:
                 raise ValueError(
                     f"calibration of {finding}: scale must be above 0 and the bias finite, got {line}"
                 )
+
+    def apply(self, of_finding: Mapping[str, float]) -> dict[str, float]:
+        """{finding: a probability or a threshold of it}, calibrated."""
+        values = calibrate(self, [[*of_finding.values()]], [*of_finding])[0].tolist() if of_finding else []
+        return dict(zip(of_finding, values, strict=True))
 
 
 def fit_calibration(kind: Kind, scores: Any, labels: Any, findings: Sequence[str]) -> Calibration:
@@ -84,7 +87,8 @@ def fit_line(scores: Array, labels: Array, with_bias: bool = True) -> tuple[floa
         error = torch.sigmoid(torch.from_numpy(z)).numpy() - target
         return float((np.logaddexp(0, z) - target * z).mean()), np.array([(error * x).mean(), error.mean()])
 
-    bounds = [_SCALES, (None, None) if with_bias else (0, 0)]
+    # At a scale of 0 all scores would be one, and near it the ranking would be lost to rounding.
+    bounds = [(0.01, 1000), (None, None) if with_bias else (0, 0)]
     options = {"ftol": 1e-15, "gtol": 1e-10}
     found = minimize(loss, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return float(found.x[0]), float(found.x[1])
@@ -119,5 +123,5 @@ def errors(scores: Any, labels: Any, weights: Any = None) -> dict[str, Array]:
     in_bin = np.minimum(s * _BINS, _BINS - 1).astype(int) == np.arange(_BINS)[:, None, None]  # [bin, n, c]
     gaps = np.abs(np.tensordot(in_bin * (s - y), w, (1, 0))).sum(0)  # [c, r]
     values = {"ece": gaps.T, "brier": w.T @ (s - y) ** 2}
-    values = {name: value / w.sum(0)[:, None] for name, value in values.items()}
-    return {name: value[0] for name, value in values.items()} if weights is None else values
+    means = {name: value / w.sum(0)[:, None] for name, value in values.items()}
+    return {name: mean[0] for name, mean in means.items()} if weights is None else means

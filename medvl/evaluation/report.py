@@ -31,6 +31,8 @@ _TITLES = {
     "auprc": "AUPRC",
     "ece_zero_shot": "Calibration error, zero-shot",
     "ece_calibrated": "Calibration error, calibrated",
+    "brier_zero_shot": "Brier score, zero-shot",
+    "brier_calibrated": "Brier score, calibrated",
     "f1": "F1",
     "balanced_accuracy": "Balanced accuracy",
     "f1_weighted": "Weighted F1",
@@ -66,7 +68,7 @@ def write_report(
     returns the path of the HTML.
 
     Args:
-        rows: results of one or more splits and experiments; each gets its own tables: one line per finding
+        rows: results (none where there are `tables`) of one or more splits and experiments; each gets its own tables: one line per finding
             where there is an AUROC per finding, one line per metric otherwise.
         figures: caption -> PNG bytes, as `plots` makes them.
         notes: paragraphs below the tables, plain text.
@@ -78,7 +80,7 @@ def write_report(
             captions with one file name, a table without caption or with a line of another length than its
             columns, or a summary without tables.
     """
-    if not rows:
+    if not rows and not tables:
         raise ValueError("write_report: needs at least one result")
     _check_tables(tables, summary)
     named_figures = _name_figures(figures or {})
@@ -93,7 +95,8 @@ def write_report(
     for name, (_, png) in named_figures.items():
         with files.atomic(folder / "figures" / name) as tmp:
             tmp.write_bytes(png)
-    write_results_csv(folder / "results.csv", rows)
+    if rows:
+        write_results_csv(folder / "results.csv", rows)
     files.write_text(folder / "report.md", _markdown(title, tables, sections, named_figures, notes))
     files.write_text(folder / "report.html", _html(title, tables, sections, named_figures, notes))
     if summary:
@@ -412,7 +415,7 @@ def _html(
     for caption, columns, lines in tables:
         table = results.html_table(columns, lines)
         blocks.append(f'<h2>{html.escape(caption)}</h2><div class="wide pivot">{table}</div>')
-    if tables:
+    if tables and sections:
         blocks.append(f"<h2>{_ALL}</h2>")
     last_facts = None
     for facts, columns, lines in sections:

@@ -49,12 +49,15 @@ def open_ct(post: Callable[[Any], None], emit: Emit, folder: str) -> Calls:
         """
         try:
             with file_in_memory(content) as path:
-                found = look.look_at_scan(Path(folder), path, findings, settings=settings, opened=opened)
+                found = look.look_at_scan(
+                    Path(folder), path, findings, settings=settings, opened=opened, slices=False
+                )
         except ValueError as e:
             raise Refused(400, f"the scan cannot be read: {_without_path(e)}") from None
         volume = found["volume"]
         slices = _pictures(volume.voxels[slice(*volume.occupied)]) if with_slices else []
-        return {"probability": found["probability"], "threshold": found["threshold"], "slices": slices}
+        thresholds = found["calibrated_threshold"]
+        return {"probability": found["calibrated"], "threshold": thresholds, "slices": slices}
 
     return Calls(emit, {"classify": classify}, {"run": Path(folder).name})
 

@@ -2,7 +2,8 @@
 
 `record` is the record of an experiment, `model` the two towers and their loss, `data` its files, labels,
 reports and batches, `slice_features` the cache of a frozen slice encoder, `run` trains, `score` scores
-findings and writes the report, `look` is one scan, `export` writes a run as safetensors.
+findings and writes the report, `slice_effects` tells which slices speak for a finding, `look` is one scan and
+`scan_page` its page, `export` writes a run as safetensors.
 """
 
 from pathlib import Path

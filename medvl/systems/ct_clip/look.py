@@ -1,6 +1,8 @@
 """One scan for a trained run of ct_clip: its volume, embedding and findings."""
 
 import json
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,17 @@ from torch import Tensor
 
 from medvl.base import config, files
 from medvl.base.tree import Tree
-from medvl.ct import dicom, metadata_table, names, preprocess, reports
+from medvl.ct import chest, dicom, metadata_table, names, preprocess, reports
 from medvl.ct.preprocess import CtConfig, Volume
+from medvl.evaluation import calibration
+from medvl.systems.ct_clip import slice_features
 from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.run import load
 from medvl.systems.ct_clip.score import finding_probabilities, place_batch
+from medvl.systems.ct_clip.slice_effects import slice_effects
+
+_log = logging.getLogger("medvl")
 
 
 def look_at_scan(
@@ -28,6 +35,7 @@ def look_at_scan(
     settings: Sequence[str] = (),
     *,
     opened: tuple[Model, Tree] | None = None,
+    slices: bool = True,
 ) -> dict[str, Any]:
     """Preprocess, embed and classify one scan with a trained run.
 
@@ -37,9 +45,12 @@ def look_at_scan(
         settings: of how this scan is read, `hu=...`, `spacing_from=...` and `tilt=...`; all else must be as the
             run was trained.
         opened: from `run.load`; None = it is loaded here.
+        slices: also tell which slices speak for each finding.
     Returns:
-        {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from
-        validation, where known}}.
+        {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: zero-shot}, "threshold" {finding:
+        for it, from validation, where known}, "calibrated" and "calibrated_threshold" the same two after the
+        run's calibration, "slices" {finding: [s], see `slice_effects`}, "slice_mm" [s] height above the lowest
+        slice, "doubt" why it is no chest CT, or ""}.
     """
     folder = Path(folder)
     # Everything about the scan comes first: a file that cannot be read costs no loading of weights.
@@ -49,20 +60,53 @@ def look_at_scan(
         name = names.volume_name(dicom.split(scan)[0])
         row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
     volume = preprocess.preprocess_scan(scan, cfg, row)
+    doubt = chest.doubt_chest(volume)
+    if doubt:
+        _log.warning("%s: %s", volume.name, doubt)
     ct_clip, params = opened or load(folder)
-    embedding = place_batch(ct_clip, params, _batch_of_one(volume))
+    batch = slice_features.encode_batch(ct_clip, params, batch_of_one(volume))
+    embedding = place_batch(ct_clip, params, batch)
     # Of the run's own evaluation; a run that was not evaluated has none.
-    thresholds_json = folder / "results" / "thresholds.json"
+    results = folder / "results"
+    thresholds_json = results / "thresholds.json"
     thresholds = json.loads(thresholds_json.read_text()) if thresholds_json.exists() else {}
     # Not asked for any: those that the run was scored on, which thresholds.json lists.
     findings = tuple(findings) or tuple(thresholds) or ct_clip.cfg.evaluate.findings or reports.FINDINGS
     probabilities = finding_probabilities(ct_clip, params, embedding, findings)[0].tolist()
+    probability = dict(zip(findings, probabilities, strict=True))
+    # NaN is that of a finding of which the validation split had one class only.
+    threshold = {f: thresholds[f] for f in findings if math.isfinite(thresholds.get(f, math.nan))}
+    fitted = calibration.Calibration()
+    if (results / "calibration.json").exists():
+        fitted = config.load_record(results / "calibration.json", calibration.Calibration)
+    effects = {}
+    if slices:
+        average = _read_average(results / slice_features.AVERAGE, volume, batch["slices"].shape[2])
+        table = slice_effects(ct_clip, params, batch, findings, average)
+        effects = dict(zip(findings, table.T.numpy(), strict=True))
     return {
         "volume": volume,
         "embedding": embedding[0],
-        "probability": dict(zip(findings, probabilities, strict=True)),
-        "threshold": {finding: thresholds[finding] for finding in findings if finding in thresholds},
+        "probability": probability,
+        "threshold": threshold,
+        "calibrated": fitted.apply(probability),
+        "calibrated_threshold": fitted.apply(threshold),
+        "slices": effects,
+        "slice_mm": (batch["position_mm"][0] - batch["position_mm"][0, 0]).numpy(),
+        "doubt": doubt,
     }
+
+
+def _read_average(path: Path, volume: Volume, width: int) -> Tensor | None:
+    """The run's average slices at the heights of a volume's own; None where the run has none."""
+    if not path.exists():
+        _log.warning(
+            "%s: is not there, so slices are only left out one by one, which tells less; `invoke evaluate` makes it",
+            path,
+        )
+        return None
+    rows = files.read_array(path, (len(volume.voxels), width), "evaluate the run again")
+    return torch.from_numpy(rows[slice(*volume.occupied)].astype(np.float32))
 
 
 def _scan_settings(trained_with: CtConfig, settings: Sequence[str]) -> CtConfig:
@@ -77,7 +121,7 @@ def _scan_settings(trained_with: CtConfig, settings: Sequence[str]) -> CtConfig:
     return cfg
 
 
-def _batch_of_one(volume: Volume) -> dict[str, Tensor]:
+def batch_of_one(volume: Volume) -> dict[str, Tensor]:
     """The slices of a volume that hold something, as a batch [1, s, y, x] of `model.embed_volumes`."""
     first, stop = volume.occupied
     position_mm = (np.arange(first, stop) * volume.spacing_mm[0]).astype(np.float32)

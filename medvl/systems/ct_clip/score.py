@@ -20,13 +20,14 @@ from medvl.ct import ingest, names, pairs, protocols, reports, retrieval, zero_s
 from medvl.evaluation import calibration, metrics, plots, report
 from medvl.evaluation.results import Result
 from medvl.hub import tokens
-from medvl.systems.ct_clip import data, model
+from medvl.systems.ct_clip import data, model, slice_features
 from medvl.systems.ct_clip.model import Model
 from medvl.training import gradients
 from medvl.training.order import prefetch
 
 _log = logging.getLogger("medvl")
 _TEXTS = 64  # texts that are embedded at a time
+_AVERAGED = 64  # validation volumes of which the average slices are kept
 _SHOWN = 9  # volumes of the report's contact sheet
 
 
@@ -197,6 +198,10 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     threshold_of_finding = dict(zip(test.findings, thresholds.tolist(), strict=True))
     files.write_text(folder / "thresholds.json", json.dumps(threshold_of_finding, indent=1) + "\n")
     files.write_text(folder / "calibration.json", json.dumps(config.unstructure(fitted), indent=1) + "\n")
+    average = slice_features.average_slices(
+        ct_clip, params, data.open_volumes(cfg, "valid"), valid.names[:_AVERAGED]
+    )
+    files.write_array(folder / slice_features.AVERAGE, average.numpy().astype(np.float16))
     sheet = _write_sheet(ct_clip, test, folder)
     # Earlier stages have curves of their own, in their folders.
     last_stage = f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}"

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +22,12 @@ from medvl.base import config, files, processes, store
 from medvl.base.tree import flatten
 from medvl.commands import ct as ct_commands
 from medvl.components import encode
-from medvl.ct import ingest, pairs, preprocess, protocols
+from medvl.ct import chest, ingest, pairs, preprocess, protocols
 from medvl.ct.names import scan_of
 from medvl.ct.reports import FINDINGS
 from medvl.ct.volumes import FIELDS, SOURCE_FIELDS
-from medvl.evaluation import metrics, plots, results
+from medvl.evaluation import metrics, plots, report, results
+from medvl.evaluation.calibration import Calibration, calibrate
 from medvl.hub import loading, tokens
 from medvl.phantoms import chests
 from medvl.phantoms.chest_case import PhantomConfig
@@ -37,7 +39,8 @@ from medvl.systems.ct_clip import look, score, slice_features
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import record as ct_record
 from medvl.systems.ct_clip import run as ct_clip_run
-from medvl.systems.ct_clip.slice_features import cached_features
+from medvl.systems.ct_clip.slice_effects import slice_effects
+from medvl.systems.ct_clip.slice_features import average_slices, cached_features, encode_batch
 from medvl.training import gradients, states
 from medvl.training.record import Speed, Stage
 from medvl.training.stages import make_optimizer
@@ -96,6 +99,7 @@ def test_a_run_leaves_everything_that_made_it(place, trained):
         "scores_test.csv",
         "thresholds.json",
         "calibration.json",
+        "average_slices.npy",
         "volumes.png",
     ):
         assert (folder / "results" / name).stat().st_size > 0
@@ -919,8 +923,8 @@ def test_a_run_is_served(trained):
     ask = open_room(rooms.open_ct, folder)
     found = ask("classify", content=scan.read_bytes(), findings=[], settings=[], with_slices=True)
     alone = look.look_at_scan(folder, scan)
-    assert found["probability"] == alone["probability"]
-    assert found["threshold"] == alone["threshold"]
+    assert found["probability"] == alone["calibrated"]
+    assert found["threshold"] == alone["calibrated_threshold"]
     first, stop = alone["volume"].occupied
     assert len(found["slices"]) == stop - first
     picture = np.asarray(Image.open(io.BytesIO(found["slices"][0])))
@@ -994,3 +998,179 @@ def test_a_run_on_a_store_of_other_settings_is_refused(trained, tmp_path):
         run.evaluate(str(folder), (store_of_others,))
     with pytest.raises(ValueError, match=r"made with other settings \(wanted / found\).*antialias"):
         ct_commands.print_features("ctclip_phantom", (*FROZEN, store_of_others), "")
+
+
+# One scan, looked at -----------------------------------------------------------------------------------------
+def _scan(split="test"):
+    return sorted(Path("data").glob(f"phantoms-*/{split}/*.nii.gz"))[0]
+
+
+def test_each_slice_is_occluded_as_a_loop_would(trained):
+    model, params = ct_clip_run.load(trained[1])
+    of = ct_data.open_volumes(model.cfg, "valid")
+    findings = ["Emphysema", "Pneumothorax"]
+    batch = pairs.read_slices(of, of.names[:1])
+    encoded = encode_batch(model, params, batch)
+    average = average_slices(model, params, of, of.names)[slice(*of.row(of.names[0])["occupied"])]
+
+    def logit(slices, kept):
+        one = {"slices": slices[kept][None], "position_mm": batch["position_mm"][:, kept]}
+        one["mask"] = torch.ones(1, one["slices"].shape[1], dtype=torch.bool)
+        placed = score.place_batch(model, params, one)
+        return torch.logit(score.finding_probabilities(model, params, placed, findings)[0])
+
+    voxels, features = batch["slices"][0], encoded["slices"][0]
+    everything = list(range(len(voxels)))
+    left_out = slice_effects(model, params, encoded, findings)
+    alone = slice_effects(model, params, encoded, findings, average)
+    for i in everything:
+        # From the voxels: nothing of the embeddings kept in between is lost.
+        want = logit(voxels, everything) - logit(voxels, [k for k in everything if k != i])
+        torch.testing.assert_close(left_out[i], want, atol=1e-4, rtol=1e-4)
+        inserted = average.clone()
+        inserted[i] = features[i]
+        want = logit(inserted, everything) - logit(average, everything)
+        torch.testing.assert_close(alone[i], want, atol=1e-4, rtol=1e-4)
+    assert alone.abs().max() > 1e-4
+
+
+def test_average_slices_are_those_at_the_same_height(trained):
+    model, params = ct_clip_run.load(trained[1])
+    of = ct_data.open_volumes(model.cfg, "valid")
+    total, count = 0, 0
+    for name in of.names:
+        first, stop = of.row(name)["occupied"]
+        everywhere = np.zeros((of.shape[0], 16), np.float32)
+        everywhere[first:stop] = encode_batch(model, params, pairs.read_slices(of, [name]))["slices"][0]
+        total, count = total + everywhere, count + (everywhere != 0).any(1, keepdims=True)
+    found = average_slices(model, params, of, of.names).numpy()
+    reached = count[:, 0] > 0
+    np.testing.assert_allclose(found[reached], (total / np.maximum(count, 1))[reached], atol=1e-5)
+    if not reached.all():
+        np.testing.assert_allclose(found[~reached][0], total.sum(0) / count.sum(), atol=1e-5)
+
+
+def test_a_scan_is_looked_at_with_one_pass_of_the_encoder(trained, monkeypatch):
+    folder, calls = trained[1], []
+    once = ct_clip.encode_volumes
+    monkeypatch.setattr(ct_clip, "encode_volumes", lambda *a: calls.append(1) or once(*a))
+    found = look.look_at_scan(folder, _scan())
+    assert len(calls) == 1
+    assert found["doubt"] == ""
+    fitted = config.load_record(folder / "results/calibration.json", Calibration)
+    findings = list(found["probability"])
+    want = calibrate(fitted, [list(found["probability"].values())], findings)[0]
+    assert list(found["calibrated"].values()) == want.tolist()
+    # Calibration moves probability and threshold alike.
+    for finding, threshold in found["threshold"].items():
+        called = found["probability"][finding] >= threshold
+        assert called == (found["calibrated"][finding] >= found["calibrated_threshold"][finding])
+    first, stop = found["volume"].occupied
+    assert found["slice_mm"].tolist() == [50.0 * i for i in range(stop - first)]
+    assert {len(effect) for effect in found["slices"].values()} == {stop - first}
+    assert list(found["slices"]) == findings
+    named = look.look_at_scan(folder, _scan(), ["Pneumothorax"])
+    assert named["calibrated"] == named["probability"]
+
+
+def test_a_run_that_was_evaluated_before_there_was_calibration(trained, tmp_path, caplog):
+    folder = tmp_path / "old"
+    shutil.copytree(trained[1], folder)
+    (folder / "results/calibration.json").unlink()
+    (folder / "results/average_slices.npy").unlink()
+    found, new = look.look_at_scan(folder, _scan()), look.look_at_scan(trained[1], _scan())
+    assert found["probability"] == found["calibrated"] == new["probability"]
+    assert found["threshold"] == found["calibrated_threshold"] == new["threshold"]
+    assert "average_slices.npy: is not there, so slices are only left out one by one" in caplog.text
+    np.save(folder / "results/average_slices.npy", np.zeros((6, 3)))
+    with pytest.raises(
+        ValueError, match=r"must hold an array \[6, 16\], found \[6, 3\]; evaluate the run again"
+    ):
+        look.look_at_scan(folder, _scan())
+
+
+def test_a_page_of_one_scan(trained, tmp_path, monkeypatch, capsys):
+    folder, scan, page = trained[1], _scan(), tmp_path / "page"
+    grids = []
+    picture_grid = plots.picture_grid
+    monkeypatch.setattr(plots, "picture_grid", lambda *a: grids.append(a) or picture_grid(*a))
+    ct_commands.print_findings(str(folder), str(scan), [], page=str(page))
+    assert report.NOTICE in capsys.readouterr().out
+    found = look.look_at_scan(folder, scan)
+    rows = files.read_csv(page / "findings.csv")
+    assert {r["Finding"]: float(r["Probability"]) for r in rows} == found["calibrated"]
+    for row in rows:
+        finding = row["Finding"]
+        called = ""  # of one class only in this tiny validation split
+        if finding in found["threshold"]:
+            called = "yes" if found["probability"][finding] >= found["threshold"][finding] else "no"
+        assert row["Called"] == called
+    profile = files.read_csv(page / "slices.csv")
+    assert [float(r["mm"]) for r in profile] == found["slice_mm"].tolist()
+    for finding, effect in found["slices"].items():
+        np.testing.assert_allclose([float(r[finding]) for r in profile], effect, rtol=1e-6)
+        strongest = next(r for r in rows if r["Finding"] == finding)["Strongest slice, mm"]
+        assert float(strongest) == found["slice_mm"][effect.argmax()]
+    html = (page / "report.html").read_text()
+    assert report.NOTICE in html
+    assert all(finding in html for finding in found["calibrated"])
+    assert found["volume"].name not in html
+    assert len(list((page / "figures").iterdir())) == 2
+    # What is drawn first is the strongest slice, with the patient's right on the left and the front on top.
+    ((lines, _),) = grids
+    name, pictures = lines[0]
+    strongest = found["slices"][name.rpartition(":")[0]].argmax() + found["volume"].occupied[0]
+    assert found["volume"].axes == "SAR"
+    hu = preprocess.to_hu(found["volume"].voxels[strongest])[::-1, ::-1]
+    np.testing.assert_array_equal(pictures[0], np.interp(hu, (-1000, 600), (0, 255)).astype(np.uint8))
+    before = sorted(page.rglob("*"))
+    with pytest.raises(ValueError, match="is there already; give a new folder"):
+        ct_commands.print_findings(str(folder), str(scan), [], page=str(page))
+    assert sorted(page.rglob("*")) == before
+    monkeypatch.setattr(files, "write_csv", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ct_commands.print_findings(str(folder), str(scan), [], page=str(tmp_path / "other"))
+    assert not [path for path in tmp_path.iterdir() if "other" in path.name and path.is_dir()]
+
+
+def test_what_is_no_chest_is_said(trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(
+        chest, "doubt_chest", lambda volume: "this does not look like a chest CT: <it is a head>"
+    )
+    ct_commands.print_findings(str(trained[1]), str(_scan()), [], page=str(tmp_path / "page"))
+    assert "this does not look like a chest CT: <it is a head>" in caplog.text
+    assert (
+        "this does not look like a chest CT: &lt;it is a head&gt;"
+        in (tmp_path / "page/report.html").read_text()
+    )
+
+
+def test_many_scans_are_embedded_into_one_array(trained, tmp_path, caplog):
+    folder, out = str(trained[1]), tmp_path / "e.npy"
+    scans = sorted(Path("data").glob("phantoms-*/test/*.nii.gz"))[:2]
+    source = tmp_path / "scans"
+    source.mkdir()
+    for scan in scans:
+        shutil.copy(scan, source)
+    assert ct_commands.embed_scan(folder, str(source), str(out)) == 0
+    embeddings = np.load(out)
+    names = [scan.name.removesuffix(".nii.gz") for scan in scans]
+    assert [r["VolumeName"] for r in files.read_csv(tmp_path / "e.csv")] == names
+    for scan, row in zip(scans, embeddings, strict=True):
+        np.testing.assert_allclose(look.look_at_scan(trained[1], scan)["embedding"], row, rtol=1e-6)
+    (source / "broken.nii.gz").write_bytes(b"no scan")
+    table = tmp_path / "list.csv"
+    table.write_text("path\n" + "".join(f"scans/{p.name}\n" for p in sorted(source.iterdir())))
+    out.unlink()
+    assert ct_commands.embed_scan(folder, str(table), str(out)) == 3
+    np.testing.assert_array_equal(np.load(out), embeddings)
+    assert "broken: rejected: " in caplog.text
+    before = table.read_text()
+    with pytest.raises(ValueError, match=r"the names are written to .*list.csv, which is read here"):
+        ct_commands.embed_scan(folder, str(table), str(tmp_path / "list.npy"))
+    assert table.read_text() == before
+    table.write_text("path\nscans/broken.nii.gz\n")
+    with pytest.raises(ValueError, match="all of its 1 scans were rejected"):
+        ct_commands.embed_scan(folder, str(table), str(tmp_path / "none.npy"))
+    assert not (tmp_path / "none.npy").exists()
+    assert not (tmp_path / "none.csv").exists()
