@@ -660,7 +660,8 @@ SCAN = {
     "run": "run folder",
     "scan": "NIfTI file, DICOM folder or ZIP",
     "metadata": "CSV with the scan's row by VolumeName, if its header is incomplete",
-    "set_": "how this scan is read: hu=none, hu=metadata, spacing_from=metadata, ..., repeatable",
+    "set_": "how this scan is read: hu=none, hu=metadata, spacing_from=metadata, tilt=shear, repeatable",
+    "series": "UID of the series that is meant, where a folder or ZIP of DICOM holds several",
 }
 
 
@@ -673,11 +674,12 @@ SCAN = {
     },
     iterable=["set_"],
 )
-def embed(c, run, scan, out, metadata="", set_=None):
+def embed(c, run, scan, out, metadata="", set_=None, series=""):
     """Embed one scan or many with a trained run; status 3 if some of many were rejected."""
     _needs(run=run, scan=scan, out=out)
     from medvl.commands import ct
 
+    scan = f"{scan}/{series}" if series else scan
     sys.exit(_call(ct.embed_scan, run, scan, out, metadata, set_ or ()))
 
 
@@ -690,11 +692,12 @@ def embed(c, run, scan, out, metadata="", set_=None):
     },
     iterable=["finding", "set_"],
 )
-def classify(c, run, scan, finding=None, metadata="", set_=None, out=""):
+def classify(c, run, scan, finding=None, metadata="", set_=None, out="", series=""):
     """Zero-shot findings of one scan with a trained run. Research use, not for diagnosis."""
     _needs(run=run, scan=scan)
     from medvl.commands import ct
 
+    scan = f"{scan}/{series}" if series else scan
     _call(ct.print_findings, run, scan, finding or (), metadata, set_ or (), out)
 
 
