@@ -93,9 +93,7 @@ def _ct_record(exp: str, overrides: Sequence[str], task: str) -> Any:
 
 def print_features(exp: str, overrides: Sequence[str], cluster: str) -> None:
     """Compute the slice features of a frozen encoder ahead of training, and print where they are."""
-    cfg = _ct_record(exp, overrides, "features")
-    ct_clip.SYSTEM.prepare(cfg, print)
-    for features in compute_features(cfg, cluster):
+    for features in compute_features(_ct_record(exp, overrides, "features"), cluster):
         print(f"{features.path}: slice features of {len(features.names)} volumes")
 
 

@@ -24,7 +24,7 @@ from medvl.components import encode
 from medvl.ct import pairs
 from medvl.hub import skeletons
 from medvl.systems.ct_clip import model as ct_clip
-from medvl.systems.ct_clip.data import open_volumes
+from medvl.systems.ct_clip.data import open_volumes, prepare_data
 from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
 from medvl.training import gradients
@@ -51,6 +51,7 @@ def compute_features(cfg: Config, cluster: str = "") -> list[Store]:
                 f"features: stage {stage.name} must leave the slice encoder as it is, and {name} changes it; "
                 "only features of a frozen encoder can be computed ahead of training"
             )
+    prepare_data(cfg)
     volumes = [open_volumes(cfg, split) for split in ("train", "valid")]
     with open_cluster(cluster) if cluster else nullcontext() as client:
         return [cached_features(model, params, v, Path(cfg.data.cache), client) for v in volumes]
