@@ -38,11 +38,12 @@ COMMAND = re.compile(
 
 def commands():
     """Every whole `invoke` command of the documentation: lines of a block, or first cells of a table."""
-    return [
-        (page.name, found[1])
-        for page in PAGES
-        for found in COMMAND.finditer(page.read_text(encoding="utf-8"))
-    ]
+    shown = []
+    for page in PAGES:
+        # A line that ends in a backslash goes on in the next.
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        shown += [(page.name, found[1]) for found in COMMAND.finditer(text)]
+    return shown
 
 
 def parse(argv):

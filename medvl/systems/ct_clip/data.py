@@ -54,7 +54,14 @@ def data_path(cfg: Config, kind: Kind, split: str) -> Path:
         pattern, setting = cfg.data.stores[split], f"data.stores.{split}"
     # With the preset's defaults filled in: settings that mean the same find the same store.
     digest = config.record_digest(preprocess.settings_of(cfg.ct))
-    return Path(config.fill_pattern(pattern, setting, folder=data_folder(cfg), split=split, ct=digest))
+
+    def fill(split: str) -> Path:
+        return Path(config.fill_pattern(pattern, setting, folder=data_folder(cfg), split=split, ct=digest))
+
+    # CT-RATE calls some tables of this split "validation", and so does `invoke split --rule reference`.
+    if split == "valid" and not fill("valid").exists() and fill("validation").exists():
+        return fill("validation")
+    return fill(split)
 
 
 def prepare_data(cfg: Config, log: Callable[[str], None] = print) -> None:
