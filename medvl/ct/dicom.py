@@ -42,6 +42,7 @@ _TAGS = [
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 ]
+_ZIP = b"PK\3\4"  # what a ZIP that holds files begins with
 _CT = "1.2.840.10008.5.1.4.1.1.2"  # CT Image Storage; its enhanced kinds have one number more
 _PIXELS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # the tag of PixelData in both byte orders
 _MOST_PIXELS = 2**24  # of a slice
@@ -89,7 +90,9 @@ def split(path: PathLike) -> tuple[Path, str]:
 
 
 def is_series(path: PathLike) -> bool:
-    """Whether a path is one that `open_series` reads, by its content."""
+    """Whether a path is one that `open_series` reads: a folder, or a file by its content. A damaged slice is one by
+    its name.
+    """
     path, _ = split(path)
     try:
         files.check_regular(path)
@@ -100,13 +103,38 @@ def is_series(path: PathLike) -> bool:
     except (OSError, ValueError):
         return False
     # numpy's .npz is a ZIP, too.
-    return (head[:4] == b"PK\3\4" and path.suffix.lower() != ".npz") or _begins_as_dicom(head)
+    is_archive = head.startswith(_ZIP) and path.suffix.lower() != ".npz"
+    return is_archive or _begins_as_dicom(head) or _is_named_dicom(path.name)
+
+
+def is_zip(path: PathLike) -> bool:
+    """Whether a file begins as a ZIP. `zipfile.is_zipfile` looks at the end, which a file that was cut has lost."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        return f.read(len(_ZIP)) == _ZIP
 
 
 def source_files(path: PathLike) -> list[Path]:
-    """The files that a scan is read from: all below a folder, else the file itself."""
+    """The files among which a scan is: all below a folder, else the file itself. None is opened."""
     path, _ = split(path)
     return sorted(files.files_below(path)) if path.is_dir() else [path]
+
+
+def series_files(path: PathLike) -> list[Path]:
+    """The files of the series that a path ends in; of any other path `source_files`.
+
+    Raises:
+        ScanError: a file that cannot be read.
+    """
+    folder, series = split(path)
+    if not series or not folder.is_dir():
+        return source_files(folder)
+    with _open_files(folder) as (_, openers):
+        slices = _read_headers(openers)
+    # A file of several frames is that of several slices.
+    return [*dict.fromkeys(Path(s.where) for s in slices if s.series == series)]
 
 
 def list_series(source: Source) -> dict[str, int]:
@@ -158,11 +186,16 @@ def _begins_as_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM" or (head[:2] in (b"\2\0", b"\x08\0") and head[3:4] == b"\0")
 
 
+def _is_named_dicom(name: str) -> bool:
+    # Names that begin with "._" are those of macOS, which keeps other things there.
+    return not name.startswith("._") and name.lower().endswith((".dcm", ".ima"))
+
+
 # Files ------------------------------------------------------------------------------------------------------
 @contextmanager
 def _open_files(source: Source) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
     """What errors begin with, and {name: what opens it} of all files of a scan."""
-    if isinstance(source, PathLike) and zipfile.is_zipfile(source):
+    if isinstance(source, PathLike) and is_zip(source):
         try:
             archive = zipfile.ZipFile(source)
         except _DAMAGED as e:
@@ -224,7 +257,7 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
     with opener() as f:
         if not _begins_as_dicom(f.read(132)):
             # A damaged slice must not be taken for a file that happens to lie there.
-            if re.search(r"(^|/)(?!\._)[^/]+\.(dcm|ima)$", name, re.IGNORECASE):
+            if _is_named_dicom(name.rpartition("/")[2]):
                 raise ScanError(f"{name}: is not DICOM, or damaged; copy it again")
             return []
         try:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import logging
 import uuid
-import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -211,7 +210,7 @@ def _scans_below(folder: Path) -> list[tuple[str, Path]]:
             found.append((names.volume_name(path), path))
         # By content: series often have names without an ending, and office documents are ZIPs, too.
         elif dicom.is_series(path):
-            is_zip = zipfile.is_zipfile(path)
+            is_zip = dicom.is_zip(path)
             if is_zip == (path.suffix.lower() == ".zip"):
                 slices.setdefault(path if is_zip else path.parent, []).append(path)
     common = Counter(names.volume_name(place) for place in slices)

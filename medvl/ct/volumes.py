@@ -79,18 +79,19 @@ def _is_source(volumes: Store, name: str, path: Path) -> bool:
     row = volumes.row(name)
     if (row["source_bytes"], row["source_mtime_ns"]) == _size_and_time(path):
         return True
-    # A copy of the same file has another time, so only its content tells.
+    # A copy of the same file has another time, and a folder may have got another series: only the content tells.
     return row["source_digest"] == _digest(path)
 
 
 def _size_and_time(source: Path) -> tuple[int, int]:
-    """Bytes of all files that a scan is read from, and the latest time of a change to one, in ns."""
+    """Bytes of all files among which a scan is, and the latest time of a change to one, in ns."""
     stats = [path.stat() for path in dicom.source_files(source)]
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def _digest(source: Path) -> str:
-    digests = [files.file_digest(path) for path in dicom.source_files(source)]
+    # Of the series alone: others may have come to its folder since.
+    digests = [files.file_digest(path) for path in dicom.series_files(source)]
     # Sorted: files of a series may be renamed.
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 

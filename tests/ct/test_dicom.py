@@ -758,3 +758,42 @@ def test_one_folder_and_one_zip_are_sources(tmp_path):
     assert find_scans(path) == {"a": path / "1.2.3"}
     (tmp_path / "list.csv").write_text("path\nin\na.zip\n")
     assert preprocess_folder(tmp_path / "list.csv", tmp_path / "s.h5", SMALL, progress=False).done == 2
+
+
+def test_what_is_damaged_in_a_tree_is_told_and_not_passed_over(tmp_path):
+    tree = tmp_path / "tree"
+    series(tree / "good")
+    path = zipped(series(tmp_path / "in"), tree / "cut.zip")
+    path.write_bytes(path.read_bytes()[:-300])  # its directory, which comes last
+    (tree / "blank").mkdir()
+    (tree / "blank" / "a.dcm").write_bytes(bytes(1000))
+    (tree / "notes").mkdir()
+    (tree / "notes" / "._a.dcm").write_bytes(bytes(1000))
+    with pytest.raises(ScanError, match=r"cut.zip: is a damaged ZIP"):
+        read_scan(path)
+    with pytest.raises(ScanError, match=r"a.dcm: is not DICOM, or damaged"):
+        read_scan(tree / "blank" / "a.dcm")
+    assert find_scans(tree).keys() == {"good", "cut", "blank"}
+    summary = preprocess_folder(tree, tmp_path / "s.h5", SMALL, progress=False)
+    assert (summary.done, summary.rejected.keys()) == (1, {"cut", "blank"})
+
+
+def test_a_series_that_comes_to_a_folder_leaves_the_others_as_they_are(tmp_path):
+    folder = tmp_path / "tree" / "P1"
+    folder.mkdir(parents=True)
+
+    def add(number):
+        added = series(tmp_path / f"in{number}", drawn(number), SeriesInstanceUID=f"1.2.{number}")
+        for path in added.iterdir():
+            shutil.copy(path, folder / f"{number}{path.name}")
+
+    run = functools.partial(preprocess_folder, folder.parent, tmp_path / "s.h5", SMALL, progress=False)
+    add(1)
+    add(2)
+    assert run().done == 2
+    add(3)
+    summary = run()
+    assert (summary.done, summary.skipped, summary.rejected) == (1, 2, {})
+    edit(next(folder.glob("2*")), RescaleIntercept=-1000)
+    with pytest.raises(ValueError, match="1 scans are not the files"):
+        run()
