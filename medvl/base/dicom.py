@@ -7,7 +7,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"  # would be unpacked whole before anything is known of its size
 MISSING = "is a DICOM file, which needs pydicom; pip install 'medvl[dicom]'"
@@ -70,7 +70,24 @@ def no_warnings() -> Iterator[None]:
         logging.disable(level)
 
 
-def coded_shape(frame: bytes) -> tuple[int, int, int]:
+def check_coded_shape(image: Any, frame: int, shape: tuple[int, int, int]) -> None:
+    """Raise where the coded picture of a frame has other rows, columns and samples than `shape`, those of the
+    header: a decoder takes room by what the picture says.
+    """
+    from pydicom import encaps
+
+    syntax = image.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or "RLE" in syntax.name:
+        return
+    count = int(image.get("NumberOfFrames") or 1)
+    coded = _coded_shape(encaps.get_frame(image.PixelData, frame, number_of_frames=count))
+    if coded != shape:
+        raise ValueError(
+            f"rows, columns and samples must be {coded} as those of its coded picture, got {shape}"
+        )
+
+
+def _coded_shape(frame: bytes) -> tuple[int, int, int]:
     """(rows, columns, samples) by the header of JPEG, JPEG-LS or JPEG 2000.
 
     Source: ITU-T T.81, B.2.2; T.87, C.2.2; T.800, A.5.1.

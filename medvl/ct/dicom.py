@@ -23,7 +23,7 @@ import numpy as np
 from attrs import frozen
 
 from medvl.base import files
-from medvl.base.dicom import BROKEN, MISSING, check_syntax, coded_shape, no_warnings
+from medvl.base.dicom import BROKEN, MISSING, check_coded_shape, check_syntax, no_warnings
 from medvl.base.files import PathLike
 from medvl.ct import names
 from medvl.ct.header import Header, ScanError
@@ -492,15 +492,9 @@ def _read_pixels(s: _Slice) -> Any:
 
 def _decode(s: _Slice, image: Any, dtype: np.dtype) -> np.ndarray:
     """One slice [y, x] in HU; padding is `AIR`."""
-    from pydicom import encaps, pixels
+    from pydicom import pixels
 
-    syntax = image.file_meta.TransferSyntaxUID
-    if syntax.is_encapsulated and "RLE" not in syntax.name:
-        # A decoder takes room by what the coded picture says.
-        count = int(image.get("NumberOfFrames") or 1)
-        coded = coded_shape(encaps.get_frame(image.PixelData, s.frame, number_of_frames=count))
-        if coded != (*s.shape, 1):
-            raise ValueError(f"its coded picture is {coded}, its header says {(*s.shape, 1)}")
+    check_coded_shape(image, s.frame, (*s.shape, 1))
     stored = pixels.pixel_array(image, index=s.frame, raw=True)
     slope, intercept = s.scale or (1.0, 0.0)
     hu = stored.astype(dtype)

@@ -1,5 +1,5 @@
-"""Original DINOv2 checkpoints: their names, as published Hugging Face checkpoints have them and back, and
-their config from their shapes.
+"""Original DINOv2 checkpoints: their weights by the names of published Hugging Face checkpoints, and their
+config from their shapes.
 
 Source of the names: github.com/facebookresearch/dinov2 and the checkpoints facebook/dinov2-* on the Hugging
 Face hub.
@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 # {name in the original: name in the published checkpoint}, outside of the blocks and inside one.
@@ -32,13 +31,7 @@ _BLOCK = {
     "mlp.w3": "mlp.weights_out",
     "ls2.gamma": "layer_scale2.lambda1",
 }
-# Pieces that the original stacks in one tensor, in its order: of attn.qkv, and of mlp.w12 (SwiGLU).
-_QKV = ("query", "key", "value")
-_GATED = ("mlp.gate_proj", "mlp.up_proj")
-_BACK = {v: k for k, v in (_OUTER | _BLOCK).items()}
-# Names inside the transformers module where they differ from those of the published checkpoints.
-_MODULE = {f"attention.{p}_proj": f"attention.attention.{q}" for p, q in zip("qkv", _QKV, strict=True)}
-_MODULE |= {"attention.o_proj": "attention.output.dense", "mlp.down_proj": "mlp.weights_out"}
+_QKV = ("query", "key", "value")  # in the order in which the original stacks them
 
 
 def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,7 +44,8 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     published: dict[str, Tensor] = {}
     for key, tensor in state.items():
         # "blocks.3.mlp.fc1.weight" is block "3", stem "mlp.fc1", leaf ".weight".
-        block, stem, leaf = _split_key(key, r"blocks\.(\d+)\.")
+        match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", key)
+        block, stem, leaf = match.groups("") if match else ("", "", "")
         prefix = f"encoder.layer.{block}." if block else ""
         names = _BLOCK if block else _OUTER
         if block and stem == "attn.qkv":
@@ -66,44 +60,6 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 "'blocks.0.attn.qkv.weight')"
             )
     return published
-
-
-def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_dinov2`; takes the names of the published checkpoints or of the module (the
-    params of a skeleton).
-
-    Raises:
-        ValueError: a key that is not DINOv2's.
-    """
-    state: dict[str, Tensor] = {}
-    # Pieces that the original keeps in one tensor: {key: {piece: tensor}}.
-    joined: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in params.items():
-        block, stem, leaf = _split_key(key, r"encoder\.layer\.(\d+)\.")
-        prefix = f"blocks.{block}." if block else ""
-        if block:
-            stem = _MODULE.get(stem, stem)
-        if stem.startswith("attention.attention."):
-            joined.setdefault(f"{prefix}attn.qkv{leaf}", {})[stem.rpartition(".")[2]] = tensor
-        elif stem in _GATED:
-            joined.setdefault(f"{prefix}mlp.w12{leaf}", {})[stem] = tensor
-        elif stem in _BACK:
-            state[f"{prefix}{_BACK[stem]}{leaf}"] = tensor
-        else:
-            raise ValueError(
-                f"to_dinov2: {key!r} is not a key of a Hugging Face DINOv2 (like "
-                "'encoder.layer.0.norm1.weight')"
-            )
-    # Only now, when all pieces are collected, is it known whether one is missing.
-    for key, pieces in joined.items():
-        order = _QKV if "qkv" in key else _GATED
-        missing = [piece for piece in order if piece not in pieces]
-        if missing:
-            raise ValueError(
-                f"to_dinov2: {key} needs {', '.join(order)}, but there is no {', '.join(missing)}"
-            )
-        state[key] = torch.cat([pieces[piece] for piece in order])
-    return state
 
 
 def dinov2_config(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
@@ -144,10 +100,3 @@ def dinov2_config(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     if registers:
         config["num_register_tokens"] = registers
     return config
-
-
-def _split_key(key: str, block: str) -> tuple[str, str, str]:
-    """(number of the block or "", name inside it, ".weight", ".bias" or "")."""
-    match = re.fullmatch(rf"(?:{block})?(.+?)(\.weight|\.bias)?", key)
-    assert match
-    return match[1] or "", match[2], match[3] or ""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from medvl.base.dicom import BROKEN, MISSING, check_syntax, coded_shape
+from medvl.base.dicom import BROKEN, MISSING, check_coded_shape, check_syntax
 
 _log = logging.getLogger(__name__)
 # What is read of a file. Names, dates and numbers of patients are passed over, so that no message can hold
@@ -141,10 +141,7 @@ def _parse(content: bytes) -> Any:
 
 def _checked(content: bytes, most: int, frame: int | None) -> Any:
     """The data set of a file, the pixels of whose frame may be decoded."""
-    from pydicom.encaps import get_frame
-
     image = _parse(content)
-    syntax = image.file_meta.TransferSyntaxUID
     frames = image.get("NumberOfFrames") or 1
     # Which of several frames is meant is not guessed.
     if (frame is None and frames > 1) or not 0 <= (frame or 0) < frames:
@@ -152,14 +149,7 @@ def _checked(content: bytes, most: int, frame: int | None) -> Any:
     colours = image.PhotometricInterpretation
     if colours not in ("MONOCHROME1", "MONOCHROME2", "RGB") and "YBR" not in colours:
         raise ValueError(f"colours of DICOM must be greys, RGB or YBR, got {colours}; write it as a PNG")
-    shape = image.Rows, image.Columns, image.SamplesPerPixel
-    # A decoder takes room by what the coded picture says.
-    if syntax.is_encapsulated and "RLE" not in syntax.name:
-        coded = coded_shape(get_frame(image.PixelData, frame or 0, number_of_frames=frames))
-        if coded != shape:
-            raise ValueError(
-                f"rows, columns and samples must be {coded} as those of its coded picture, got {shape}"
-            )
+    check_coded_shape(image, frame or 0, (image.Rows, image.Columns, image.SamplesPerPixel))
     if image.Rows * image.Columns > most:
         raise ValueError(
             f"must have at most {most} pixels, got {image.Columns} x {image.Rows}; make it smaller"

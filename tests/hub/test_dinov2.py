@@ -78,10 +78,6 @@ def test_original_dinov2(tmp_path, swiglu, registers):
         torch.testing.assert_close(
             skeleton(params, x).last_hidden_state, naive_dinov2(state, x), rtol=1e-4, atol=1e-4
         )
-    for names in (params, dinov2.from_dinov2(state)):
-        back = dinov2.to_dinov2(names)
-        assert back.keys() == state.keys()
-        assert all(torch.equal(back[k], state[k]) for k in state)
 
 
 def test_original_dinov2_of_published_shapes():
@@ -103,12 +99,6 @@ def test_original_dinov2_of_published_shapes():
 def test_original_dinov2_refuses_other_keys():
     with pytest.raises(ValueError, match=r"'blocks.0.attn.rel_pos' is not a key of an original DINOv2"):
         dinov2.from_dinov2({"blocks.0.attn.rel_pos": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"'encoder.layer.0.foo' is not a key of a Hugging Face DINOv2"):
-        dinov2.to_dinov2({"encoder.layer.0.foo": torch.zeros(1)})
-    with pytest.raises(
-        ValueError, match=r"attn.qkv.bias needs query, key, value, but there is no key, value"
-    ):
-        dinov2.to_dinov2({"encoder.layer.0.attention.q_proj.bias": torch.zeros(1)})
     state = {k: v[:100] if k == "patch_embed.proj.weight" else v for k, v in original().items()}
     with pytest.raises(ValueError, match=r"multiple of 64 .* found 100"):
         dinov2_config(state, "x")
