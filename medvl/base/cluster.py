@@ -34,35 +34,39 @@ def open_cluster(address: str, timeout_s: float = 10) -> Iterator[Any]:
     with ExitStack() as stack:
         try:
             if remote:
-                # A scheduler speaks first; Dask would wait for ever where another kind of server is silent.
-                with socket.create_connection((remote[1], int(remote[2])), timeout_s) as greeted:
-                    if not greeted.recv(1):
-                        raise OSError("it hung up")
-            elif local:
+                _check_server(remote[1], int(remote[2]), timeout_s)
+            else:
+                assert local
                 # An item is given up with the second worker that it costs, as worker processes do.
                 stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 1}))
-                settings: dict[str, Any] = {
-                    "n_workers": int(local[1]),
-                    "threads_per_worker": 1,
-                    "memory_limit": None,
-                }
-                settings |= {"silence_logs": logging.CRITICAL, "preload": [_DEAF]}
-                # Without the page of Dask, whose port several runs would want.
-                settings |= {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}
-                address = stack.enter_context(LocalCluster(**settings)).scheduler_address
+                cluster = LocalCluster(
+                    n_workers=int(local[1]),
+                    threads_per_worker=1,
+                    memory_limit=None,
+                    silence_logs=logging.CRITICAL,
+                    preload=[_DEAF],
+                    # Without the page of Dask, whose port several runs would want.
+                    dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
+                )
+                address = stack.enter_context(cluster).scheduler_address
             client = stack.enter_context(Client(address, timeout=timeout_s))
             client.wait_for_workers(1, timeout=timeout_s)
-        except (
-            OSError,
-            OverflowError,
-            MemoryError,
-        ) as e:  # memory: another server's greeting read as a length
+        # A memory error is another server's greeting, read as a length.
+        except (OSError, OverflowError, MemoryError) as e:
             raise ValueError(f"cluster: no scheduler with workers answers at {address} ({e})") from e
         try:
             yield client
         except (CancelledError, CommClosedError) as e:
             again = "finished work is kept, the same command continues from there"
             raise ValueError(f"cluster: the scheduler at {address} went away; {again}") from e
+
+
+def _check_server(host: str, port: int, timeout_s: float) -> None:
+    """Raise OSError where nothing greets us, as a scheduler does; Dask would wait for it for ever."""
+    with socket.create_connection((host, port), timeout_s) as connection:
+        if not connection.recv(1):
+            raise OSError("it hung up")
 
 
 def map_on_cluster(

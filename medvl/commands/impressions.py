@@ -71,13 +71,18 @@ def fill_impressions(
         files.write_text(path.with_suffix(".json"), json.dumps(log, ensure_ascii=False, indent=2))
         files.write_csv(path, completed, completed[0])
     sources = Counter(row[impressions.SOURCE] for row in completed)
-    no_findings = sources[""] - sum(text_of.get(prompt) == "" for prompt in prompts)
+    # Rows without a prompt have no findings; with one, they got an empty answer.
+    no_findings = sum(
+        not row[impressions.SOURCE] and not prompt for row, prompt in zip(completed, prompts, strict=True)
+    )
+    num_cleaned = sum(is_cleaned for _, is_cleaned in cleaned)
+    num_cut = sum(answer["is_cut"] for answer in answers)
+    num_empty = sum(not text for text, _ in cleaned)
     models = ", ".join(sorted({answer["model"] for answer in answers}))
     print(
         f"{out}: {len(rows)} rows: {sources['original']} have an impression of their own, {sources['generated']} a "
         f"generated one, {sources['']} none ({no_findings} without findings)\n{len(answers)} scans asked ({models}): "
-        f"{sum(is_cleaned for _, is_cleaned in cleaned)} answers cleaned, {sum(answer['is_cut'] for answer in answers)} "
-        f"cut, {sum(not text for text, _ in cleaned)} empty"
+        f"{num_cleaned} answers cleaned, {num_cut} cut, {num_empty} empty"
     )
 
 

@@ -9,13 +9,13 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from medvl.base.display import track
 from medvl.base.workers import worker_pool
 from medvl.ct import names, preprocess, scans
-from medvl.ct.scans import ScanError
+from medvl.ct.header import Header, ScanError
 
 COLUMNS = (
     *("name", "path", "release", "patient", "shape", "spacing_mm", "dtype", "header", "hu"),
@@ -33,20 +33,27 @@ def check_one_release(source: object, paths: Sequence[Path]) -> None:
     """Refuse volumes of CT-RATE of which some are of v1 and some of v2, by their folders or else by the headers
     of up to 1,000: ValueError with counts and examples.
     """
-    paths = [p for p in paths if names.patient_of(names.volume_name(p)) != names.volume_name(p)]
-    sample = paths[:: len(paths) // _MOST_HEADERS + 1]
+    paths = [path for path in paths if names.is_ct_rate(names.volume_name(path))]
     # The folders first: they cost nothing.
-    for release_of, members, strays in ((_release, paths, 0.0), (_header_release, sample, _STRAYS)):
-        found: dict[str, list[Path]] = {"v1": [], "v2": [], "": []}
-        for path in members:
-            found[release_of(path)].append(path)
-        v1, v2 = found["v1"], found["v2"]
-        if min(len(v1), len(v2)) > strays * len(members):
-            raise ValueError(
-                f"{source}: must hold one release of CT-RATE, found {len(v1)} volumes of v1 (blank headers, or "
-                f"in train/ or valid/), e.g. {v1[0]}, and {len(v2)} of v2 (whole headers, or in *_fixed/), e.g. "
-                f"{v2[0]}; preprocess each release into a store of its own"
-            )
+    _refuse_two_releases(source, paths, map(_folder_release, paths), strays=0)
+    sample = paths[:: len(paths) // _MOST_HEADERS + 1]
+    _refuse_two_releases(source, sample, map(_read_release, sample), strays=_STRAYS)
+
+
+def _refuse_two_releases(
+    source: object, paths: Sequence[Path], releases: Iterable[str], strays: float
+) -> None:
+    """Raise where more than this share of the paths is of the rarer release."""
+    paths_of: dict[str, list[Path]] = {"v1": [], "v2": [], "": []}
+    for path, release in zip(paths, releases, strict=True):
+        paths_of[release].append(path)
+    v1, v2 = paths_of["v1"], paths_of["v2"]
+    if min(len(v1), len(v2)) > strays * len(paths):
+        raise ValueError(
+            f"{source}: must hold one release of CT-RATE, found {len(v1)} volumes of v1 (blank headers, or in "
+            f"train/ or valid/), e.g. {v1[0]}, and {len(v2)} of v2 (whole headers, or in *_fixed/), e.g. {v2[0]}; "
+            "preprocess each release into a store of its own"
+        )
 
 
 def audit_scans(
@@ -100,8 +107,8 @@ def _examine(job: tuple[str, Path, Mapping[str, str] | None]) -> dict[str, str]:
         with scans.open_scan(path) as (header, slices):
             row |= {"shape": _by_axis(header.shape), "dtype": str(header.dtype)}
             row["header"] = "placed" if header.placed else "blank"
-            if row["patient"] != name:  # a name of CT-RATE
-                row["release"] = _release(path, header.placed)
+            if names.is_ct_rate(name):
+                row["release"] = _folder_release(path) or _header_release(header)
             if _is_cut(path, math.prod(header.shape) * header.dtype.itemsize):
                 row["faults"] = "the last bytes of its gzip stream give another size: it is perhaps truncated"
             plane = next(slices)
@@ -133,17 +140,21 @@ def _is_cut(path: Path, need: int) -> bool:
         return zipped and (int.from_bytes(f.read(), "little") - need) % 2**32 > 2**20
 
 
-def _release(path: Path, placed: bool | None = None) -> str:
-    """The release of a volume of CT-RATE by its folders, or else by its header; "" where neither tells."""
-    folders = [part for part in path.parts[:-1] if part in _FOLDERS]
-    by_header = {None: "", False: "v1", True: "v2"}[placed]
-    return _FOLDERS[folders[-1]] if folders else by_header
+def _folder_release(path: Path) -> str:
+    """The release of a volume of CT-RATE by the innermost of its folders that tells; "" where none does."""
+    releases = [_FOLDERS[part] for part in path.parts[:-1] if part in _FOLDERS]
+    return releases[-1] if releases else ""
 
 
-def _header_release(path: Path) -> str:
+def _header_release(header: Header) -> str:
+    return "v2" if header.placed else "v1"
+
+
+def _read_release(path: Path) -> str:
+    """The release by the header; "" where it cannot be read, which the scan's own job tells."""
     try:
         with scans.open_scan(path) as (header, _):
-            return _release(Path(path.name), header.placed)
+            return _header_release(header)
     except ScanError:
         return ""
 

@@ -5,7 +5,7 @@ Source: the reference's few-shot generation, with complete reports of the traini
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from medvl.base import files
@@ -67,19 +67,25 @@ def make_prompts(table: Table, examples: Table, shots: int, seed: int) -> list[s
         raise ValueError(f"impressions: needs {shots} scans with both texts as examples, got {len(pool)}")
     prompts = []
     for volume, row in table.items():
+        findings = _text(row, FINDINGS)
+        if _text(row, IMPRESSION) or not findings:
+            prompts.append("")
+            continue
         drawn = random.Random(f"{seed} {names.scan_of(volume)}").sample(pool, shots)
-        shown = "".join(
-            f"Example {number}:\nFindings: {findings}\nImpression: {impression}\n\n"
-            for number, (findings, impression) in enumerate(drawn, 1)
-        )
-        findings = "" if _text(row, IMPRESSION) else _text(row, FINDINGS)
-        prompt = (
-            "You are an experienced radiologist. Based on the following examples, generate a concise impression from "
-            f"the given findings.\n\n{shown}Now, act as a radiologist, and generate the impression of these findings "
-            f"in the manner of the examples.\n\nFindings: {findings}\nImpression:"
-        )
-        prompts.append(prompt if findings else "")
+        prompts.append(_make_prompt(findings, drawn))
     return prompts
+
+
+def _make_prompt(findings: str, examples: Iterable[tuple[str, str]]) -> str:
+    """What is asked, after examples of (findings, impression)."""
+    shown = ""
+    for number, (known_findings, impression) in enumerate(examples, 1):
+        shown += f"Example {number}:\nFindings: {known_findings}\nImpression: {impression}\n\n"
+    return (
+        "You are an experienced radiologist. Based on the following examples, generate a concise impression from "
+        f"the given findings.\n\n{shown}Now, act as a radiologist, and generate the impression of these findings in "
+        f"the manner of the examples.\n\nFindings: {findings}\nImpression:"
+    )
 
 
 def _text(row: Mapping[str, str], column: str) -> str:

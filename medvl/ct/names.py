@@ -35,6 +35,11 @@ def read_list(path: files.PathLike) -> tuple[str, ...]:
     return tuple(dict.fromkeys(volumes))
 
 
+def is_ct_rate(name: str) -> bool:
+    """Whether a volume is named as in CT-RATE: split_patient_scan_recon."""
+    return _CT_RATE.fullmatch(name) is not None
+
+
 def scan_of(name: str) -> str:
     """The scan of a volume. CT-RATE names are split_patient_scan_recon; any other name is its own scan."""
     match = _CT_RATE.fullmatch(name)
@@ -80,7 +85,7 @@ def patients_of(
     if pattern:
         return _patients_by_pattern(volumes, pattern)
     # Without a rule: CT-RATE's form, and a warning where it does not fit.
-    foreign = sum(_CT_RATE.fullmatch(v) is None for v in volumes)
+    foreign = sum(not is_ct_rate(v) for v in volumes)
     if foreign:
         _log.warning(
             "%d of %d volumes are not named as in CT-RATE (split_patient_scan_recon), so each counts as a "
