@@ -25,6 +25,14 @@ def zero_shot(image: Tensor, positive: Tensor, negative: Tensor, scale: float | 
     thresholds and calibration do. It is float64 because in float32 all sure cases would round to 1 and tie
     (from a logit of 17 on; float64: 37).
 
+    Arguments and errors as `zero_shot_logits`.
+    """
+    return torch.sigmoid(zero_shot_logits(image, positive, negative, scale))
+
+
+def zero_shot_logits(image: Tensor, positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+    """The logits [n, c], float64, of `zero_shot`, which no sure case is too sure for.
+
     Args:
         image: [n, d], L2-normalised.
         positive, negative: [c, k, d], L2-normalised; the numbers of prompts may differ.
@@ -60,7 +68,7 @@ def zero_shot(image: Tensor, positive: Tensor, negative: Tensor, scale: float | 
         )
     image = image.double()
     difference = image @ _prototype(positive).T - image @ _prototype(negative).T
-    return torch.sigmoid(float(scale) * difference)
+    return float(scale) * difference
 
 
 def evaluate_findings(

@@ -13,6 +13,7 @@ from medvl.ct.preprocess import size_of
 from medvl.hub import checkpoints, saving, skeletons
 from medvl.systems.ct_clip.model import Model, embed_volumes, init_model
 from medvl.systems.ct_clip.record import Config, VitConfig
+from medvl.systems.ct_clip.slice_features import AVERAGE
 
 REST = "rest.safetensors"
 
@@ -32,8 +33,10 @@ def export(model: Model, params: Tree, folder: Path, out: Path) -> dict[str, str
     rest = {part: tree for part, tree in params.items() if part not in towers}
     checkpoints.save_finite(flatten(rest), out / REST, "export: weights")
     model.tokenizer.save_pretrained(out / "tokenizer")
+    # What `look_at_scan` reads of an evaluation: thresholds, calibration and average slices.
     (out / "results").mkdir()
-    for path in (folder / "config.json", *folder.glob("results/*.json")):  # with the thresholds
+    results = [*folder.glob("results/*.json"), *folder.glob(f"results/{AVERAGE}")]
+    for path in (folder / "config.json", *results):
         shutil.copyfile(path, out / path.relative_to(folder))
     # Two drawn slices; the digest is of all weights.
     gen = torch.Generator().manual_seed(0)

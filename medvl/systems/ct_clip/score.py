@@ -96,7 +96,12 @@ def place_texts(ct_clip: Model, params: Tree, texts: Sequence[str]) -> Tensor:
 def finding_probabilities(
     ct_clip: Model, params: Tree, embeddings: Tensor, findings: Sequence[str]
 ) -> Tensor:
-    """Zero-shot probability [n, c] of each finding for volumes in the common space [n, d].
+    """Zero-shot probability [n, c] of each finding for volumes in the common space [n, d]."""
+    return torch.sigmoid(finding_logits(ct_clip, params, embeddings, findings))
+
+
+def finding_logits(ct_clip: Model, params: Tree, embeddings: Tensor, findings: Sequence[str]) -> Tensor:
+    """Zero-shot logit [n, c] of each finding for volumes in the common space [n, d], float64.
 
     That of a finding which the protocol merges from others is the highest of theirs.
     """
@@ -114,8 +119,8 @@ def finding_probabilities(
     positive = place_texts(ct_clip, params, present).unflatten(0, prompts_of_finding)
     negative = place_texts(ct_clip, params, absent).unflatten(0, prompts_of_finding)
     scale = params["contrast"]["log_scale"].exp().cpu()
-    probabilities = zero_shot.zero_shot(embeddings, positive, negative, scale)
-    return torch.from_numpy(protocols.merge_parts(parts, asked, probabilities.numpy()))
+    logits = zero_shot.zero_shot_logits(embeddings, positive, negative, scale)
+    return torch.from_numpy(protocols.merge_parts(parts, asked, logits.numpy()))
 
 
 def score_split(ct_clip: Model, params: Tree, split: str, volumes: store.Store | None = None) -> SplitScores:

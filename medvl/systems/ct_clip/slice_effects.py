@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medvl.base.tree import Tree
 from medvl.systems.ct_clip.model import Model
-from medvl.systems.ct_clip.score import finding_probabilities, place_batch
+from medvl.systems.ct_clip.score import finding_logits, place_batch
 
 
 def slice_effects(
@@ -45,6 +45,7 @@ def slice_effects(
             "position_mm": batch["position_mm"].expand(len(rows), -1),
         }
         placed.append(place_batch(ct_clip, params, scans))
-    logits = torch.logit(finding_probabilities(ct_clip, params, torch.cat(placed), findings))
+    # Not from probabilities: of a finding that is sure they are 1, whatever slice is left out.
+    logits = finding_logits(ct_clip, params, torch.cat(placed), findings)
     gains = logits[1:] - logits[0]
     return -gains if average is None else gains

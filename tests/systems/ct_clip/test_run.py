@@ -172,6 +172,8 @@ def test_an_exported_run_sees_what_the_run_sees(trained, tmp_path):
     assert torch.equal(found["embedding"], again["embedding"])
     assert found["probability"] == again["probability"]
     assert found["threshold"] == again["threshold"] != {}
+    for finding, effect in found["slices"].items():
+        np.testing.assert_array_equal(again["slices"][finding], effect)
     card = (tmp_path / "out/README.md").read_text()
     for part in ("trained from scratch (dinov2)", "shows no patient", "| auroc |", '"system": "ct_clip"'):
         assert part in card
@@ -1032,6 +1034,14 @@ def test_each_slice_is_occluded_as_a_loop_would(trained):
         want = logit(inserted, everything) - logit(average, everything)
         torch.testing.assert_close(alone[i], want, atol=1e-4, rtol=1e-4)
     assert alone.abs().max() > 1e-4
+    # A finding that is sure: its probability is 1, with this slice or without it.
+    sure = {**params, "contrast": {**params["contrast"], "log_scale": torch.tensor(30.0)}}
+    probabilities = score.finding_probabilities(
+        model, sure, score.place_batch(model, sure, encoded), findings
+    )
+    assert ((probabilities == 0) | (probabilities == 1)).all()
+    ratio = params["contrast"]["log_scale"].exp().double() / sure["contrast"]["log_scale"].exp().double()
+    torch.testing.assert_close(slice_effects(model, sure, encoded, findings, average) * ratio, alone)
 
 
 def test_average_slices_are_those_at_the_same_height(trained):
