@@ -343,11 +343,11 @@ def experiments(c):
 def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", sheet="", exclude="", cluster=""):
     """Bring a folder of CT scans into a store; exit status 3 when scans were rejected."""
     _needs(source=source, out=out)
-    from medvl.commands import ct
+    from medvl.commands import preprocess as commands
 
     num_workers = _whole("workers", workers, 1, 1024)
     status = _call(
-        ct.fill_store, source, out, exp, set_ or (), metadata, num_workers, sheet, exclude, cluster
+        commands.fill_store, source, out, exp, set_ or (), metadata, num_workers, sheet, exclude, cluster
     )
     sys.exit(status)
 
@@ -355,9 +355,9 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", shee
 @task(iterable=["set_"], help=SET | {"cluster": OF_CLUSTER})
 def features(c, exp, set_=None, cluster=""):
     """Compute the slice features of an experiment with a frozen encoder ahead of its training."""
-    from medvl.commands import ct
+    from medvl.commands import preprocess as commands
 
-    _call(ct.print_features, exp, set_ or (), cluster)
+    _call(commands.print_features, exp, set_ or (), cluster)
 
 
 @task(
@@ -677,10 +677,10 @@ SCAN = {
 def embed(c, run, scan, out, metadata="", set_=None, series=""):
     """Embed one scan or many with a trained run; status 3 if some of many were rejected."""
     _needs(run=run, scan=scan, out=out)
-    from medvl.commands import ct
+    from medvl.commands import scans
 
     scan = f"{scan}/{series}" if series else scan
-    sys.exit(_call(ct.embed_scan, run, scan, out, metadata, set_ or ()))
+    sys.exit(_call(scans.embed_scan, run, scan, out, metadata, set_ or ()))
 
 
 @task(
@@ -695,10 +695,10 @@ def embed(c, run, scan, out, metadata="", set_=None, series=""):
 def classify(c, run, scan, finding=None, metadata="", set_=None, out="", series=""):
     """Zero-shot findings of one scan with a trained run. Research use, not for diagnosis."""
     _needs(run=run, scan=scan)
-    from medvl.commands import ct
+    from medvl.commands import scans
 
     scan = f"{scan}/{series}" if series else scan
-    _call(ct.print_findings, run, scan, finding or (), metadata, set_ or (), out)
+    _call(scans.print_findings, run, scan, finding or (), metadata, set_ or (), out)
 
 
 @task(
@@ -716,10 +716,10 @@ def classify(c, run, scan, finding=None, metadata="", set_=None, out="", series=
 def audit(c, source, out, metadata="", reports="", labels="", no_chest="", workers="1"):
     """Read the headers of CT scans: what they are, what `preprocess` would refuse and why, and its settings."""
     _needs(source=source, out=out)
-    from medvl.commands import ct
+    from medvl.commands import audit as commands
 
     num_workers = _whole("workers", workers, 1, 1024)
-    _call(ct.audit_tree, source, out, metadata, reports, labels, no_chest, num_workers)
+    _call(commands.audit_tree, source, out, metadata, reports, labels, no_chest, num_workers)
 
 
 @task(
@@ -753,7 +753,7 @@ def split(
 ):
     """Split a label table by patient; the prevalence of every finding is kept."""
     _needs(labels=labels, out=out)
-    from medvl.commands import ct
+    from medvl.commands import split as commands
 
     # An option of the other rule would change nothing, so it is a mistake.
     foreign = {"balanced": {"target": target}, "reference": {"sizes": sizes, "seed": seed}}
@@ -765,7 +765,17 @@ def split(
     reference_target = _whole("target", target or "500", 1) if rule == "reference" else 0
     seed_number = _whole("seed", seed or "0", 0, 2**32 - 1)  # what numpy's generators take
     sizes = sizes or "valid=550,test=2489"
-    _call(ct.split_tables, labels, out, sizes, seed_number, table or (), patient, pattern, reference_target)
+    _call(
+        commands.split_tables,
+        labels,
+        out,
+        sizes,
+        seed_number,
+        table or (),
+        patient,
+        pattern,
+        reference_target,
+    )
 
 
 @task(

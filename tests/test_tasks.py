@@ -23,7 +23,8 @@ import tasks
 from medvl.adapters.embed_config import EmbedConfig
 from medvl.base import config
 from medvl.base.config import ConfigError
-from medvl.commands import ct as ct_commands
+from medvl.commands import preprocess as preprocess_commands
+from medvl.commands import scans as scans_commands
 from medvl.ct.preprocess import CtConfig
 from medvl.systems import run
 from medvl.systems.adapters.ask import AskConfig
@@ -223,7 +224,9 @@ def test_ct_settings_are_taken_of_ct_experiments_alone():
         ValueError,
         match=r"preprocess: .*tune_phantom.* is a tune experiment; only ct_clip experiments have settings of CT",
     ):
-        ct_commands.fill_store("scans", "out.h5", str(ROOT / "experiments/tune_phantom.toml"), (), "", 1, "")
+        preprocess_commands.fill_store(
+            "scans", "out.h5", str(ROOT / "experiments/tune_phantom.toml"), (), "", 1, ""
+        )
 
 
 def test_one_broken_experiment_does_not_hide_the_others(tmp_path, monkeypatch):
@@ -274,8 +277,8 @@ def test_a_run_folder_is_an_experiment_wherever_it_lies(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"must be the folder of a run, there is no config.json"):
         run.resolve(str(tmp_path))
     for look in (
-        lambda: ct_commands.print_findings(str(moved), "x.nii.gz", ()),
-        lambda: ct_commands.embed_scan(str(moved / "config.json"), "x.nii.gz", "e.npy"),
+        lambda: scans_commands.print_findings(str(moved), "x.nii.gz", ()),
+        lambda: scans_commands.embed_scan(str(moved / "config.json"), "x.nii.gz", "e.npy"),
     ):
         with pytest.raises(ValueError, match="is a tune run; only ct_clip runs look at scans"):
             look()

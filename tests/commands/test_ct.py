@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from medvl.base import files
-from medvl.commands import ct as ct_commands
+from medvl.commands import preprocess as preprocess_commands
+from medvl.commands import scans as scans_commands
+from medvl.commands import split as split_commands
 from medvl.ct import reports
 
 
@@ -31,7 +33,7 @@ def test_split_replaces_no_file(tmp_path):
     with pytest.raises(
         ValueError, match=r"valid_predicted_labels.csv exists and is not replaced; name another folder"
     ):
-        ct_commands.split_tables(labels, str(tmp_path), "valid=550,test=2489", 0, pattern="(P[0-9]+)_")
+        split_commands.split_tables(labels, str(tmp_path), "valid=550,test=2489", 0, pattern="(P[0-9]+)_")
     assert Path(labels).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["valid_predicted_labels.csv"]  # nothing was begun
 
@@ -42,10 +44,10 @@ def test_split_refuses_two_tables_for_one_file_and_a_foreign_table(tmp_path):
     for table in tables:
         Path(table).write_text("VolumeName,Findings_EN\nP000_CT0.nii.gz,Clear.\n")
     with pytest.raises(ValueError, match="two of these would be cut into"):
-        ct_commands.split_tables(labels, str(tmp_path / "out"), "a=1,b=1", 0, tables, pattern="(P[0-9]+)_")
+        split_commands.split_tables(labels, str(tmp_path / "out"), "a=1,b=1", 0, tables, pattern="(P[0-9]+)_")
     Path(tables[0]).write_text("VolumeName,Findings_EN\nother.nii.gz,Clear.\n")
     with pytest.raises(ValueError, match="none of its 1 rows is about a volume of"):
-        ct_commands.split_tables(
+        split_commands.split_tables(
             labels, str(tmp_path / "out"), "a=1,b=1", 0, tables[:1], pattern="(P[0-9]+)_"
         )
     assert not (tmp_path / "out").exists()
@@ -56,7 +58,7 @@ def test_split_keeps_patients_whole_who_are_named_in_other_ways(tmp_path, caplog
     labels = _patients_table(tmp_path / "all_labels.csv", column=rule == "column")
     tables = [_patients_table(tmp_path / "all_metadata.csv", column=True)] if rule == "metadata" else []
     how = {"pattern": "(P[0-9]+)_"} if rule == "pattern" else {"patient": "PatientID"}
-    ct_commands.split_tables(labels, str(tmp_path / "out"), "a=0.3,b=0.7", 0, tables, **how)
+    split_commands.split_tables(labels, str(tmp_path / "out"), "a=0.3,b=0.7", 0, tables, **how)
     parts = [
         {r["VolumeName"].split("_")[0] for r in files.read_csv(tmp_path / f"out/{p}_labels.csv")}
         for p in "ab"
@@ -68,7 +70,7 @@ def test_split_keeps_patients_whole_who_are_named_in_other_ways(tmp_path, caplog
 
 
 def test_split_says_when_every_volume_counts_as_a_patient(tmp_path, caplog):
-    ct_commands.split_tables(
+    split_commands.split_tables(
         _patients_table(tmp_path / "all_labels.csv"), str(tmp_path / "out"), "a=1,b=1", 0
     )
     assert "240 of 240 volumes are not named as in CT-RATE" in caplog.text
@@ -80,11 +82,11 @@ def test_an_output_that_is_an_input_is_refused(tmp_path):
     table.write_text("name,path,reason\na,a.nii.gz,none\n")
     before = table.read_bytes()
     with pytest.raises(ValueError, match="writes its rejected scans there"):
-        ct_commands.fill_store(str(table), str(tmp_path / "train.h5"), "", (), "", 1, "")
+        preprocess_commands.fill_store(str(table), str(tmp_path / "train.h5"), "", (), "", 1, "")
     with pytest.raises(ValueError, match=r"sheet must end in .png"):
-        ct_commands.fill_store(str(tmp_path), str(tmp_path / "train.h5"), "", (), "", 1, str(table))
+        preprocess_commands.fill_store(str(tmp_path), str(tmp_path / "train.h5"), "", (), "", 1, str(table))
     with pytest.raises(ValueError, match=r"out must end in .npy"):
-        ct_commands.embed_scan("runs/x", "scan.nii.gz", "scan.nii.gz")
+        scans_commands.embed_scan("runs/x", "scan.nii.gz", "scan.nii.gz")
     assert table.read_bytes() == before
 
 
@@ -121,7 +123,7 @@ def _worst_gap(*tables):
 def test_the_reference_rule_gives_the_reference_counts_and_a_worse_gap_than_balanced(tmp_path, capsys):
     labels, tables = _ct_rate_tables(tmp_path / "in")
     before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
-    ct_commands.split_tables(labels, str(tmp_path / "reference"), "", 0, tables, target=500)
+    split_commands.split_tables(labels, str(tmp_path / "reference"), "", 0, tables, target=500)
     printed = capsys.readouterr().out
     assert "valid: 550 volumes of 331 patients" in printed
     assert "test: 2489 volumes of 973 patients" in printed
@@ -149,7 +151,7 @@ def test_the_reference_rule_gives_the_reference_counts_and_a_worse_gap_than_bala
         assert (out / f"original_{name}").read_bytes() == content
     assert len(files.read_csv(out / "validation_reports.csv")) == 550
 
-    ct_commands.split_tables(labels, str(tmp_path / "balanced"), "valid=550,test=2489", 0, tables)
+    split_commands.split_tables(labels, str(tmp_path / "balanced"), "valid=550,test=2489", 0, tables)
     gaps = {}
     for rule in ("reference", "balanced"):
         parts = [tmp_path / rule / f"{part}_predicted_labels.csv" for part in ("valid", "test")]
@@ -161,10 +163,10 @@ def test_the_reference_rule_gives_the_reference_counts_and_a_worse_gap_than_bala
 def test_the_reference_rule_overwrites_nothing_and_needs_two_parts(tmp_path):
     labels, tables = _ct_rate_tables(tmp_path / "in")
     with pytest.raises(ValueError, match=r"valid_predicted_labels.csv exists and is not replaced"):
-        ct_commands.split_tables(labels, str(tmp_path / "in"), "", 0, tables, target=500)
+        split_commands.split_tables(labels, str(tmp_path / "in"), "", 0, tables, target=500)
     assert len([*(tmp_path / "in").iterdir()]) == 3
     with pytest.raises(ValueError, match="both parts must have some"):
-        ct_commands.split_tables(labels, str(tmp_path / "out"), "", 0, tables, target=3039)
+        split_commands.split_tables(labels, str(tmp_path / "out"), "", 0, tables, target=3039)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medvl.base import files
-from medvl.commands import ct as ct_commands
+from medvl.commands import audit as audit_commands
 from medvl.ct import audit, ingest, reports
 from medvl.ct.preprocess import CtConfig
 
@@ -177,7 +177,7 @@ def test_planted_faults_are_found_and_no_others(tmp_path, capsys, release):
 
     tables = [str(tmp_path / f"{name}.csv") for name in ("metadata", "reports", "labels")]
     source, no_chest = str(tmp_path / "dataset"), str(tmp_path / "no_chest.txt")
-    ct_commands.audit_tree(source, str(tmp_path / "out"), *tables, no_chest, 2)
+    audit_commands.audit_tree(source, str(tmp_path / "out"), *tables, no_chest, 2)
     rows = files.read_csv(tmp_path / "out" / "audit.csv")
     assert tuple(rows[0]) == audit.COLUMNS
     found = {row["name"]: row["faults"] for row in rows if row["faults"]}
@@ -248,7 +248,7 @@ def test_unusable_tables_end_in_one_sentence(tmp_path):
     # Metadata of other volumes.
     metadata.write_text(metadata.read_text().replace("train_", "valid_"))
     with pytest.raises(ValueError, match=r"has a row for none of the 3 scans; it names 'valid_1_a_1'"):
-        ct_commands.audit_tree(source, out, str(metadata), "", "", "", 1)
+        audit_commands.audit_tree(source, out, str(metadata), "", "", "", 1)
     assert not Path(out).exists()
     # 17 columns for the 18 findings of a protocol.
     labels = files.read_csv(tmp_path / "labels.csv")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from medvl.base import files, store, workers
 from medvl.base.cluster import open_cluster
-from medvl.commands import ct as commands
+from medvl.commands import preprocess as preprocess_commands
 from medvl.ct import ingest
 from medvl.ct import preprocess as ct
 from medvl.ct.ingest import contact_sheet, find_scans, preprocess_folder, rejected_csv
@@ -689,7 +689,7 @@ def test_what_a_cluster_cannot_do_leaves_nothing_behind(tmp_path):
         preprocess_folder(tmp_path / "in", tmp_path / "s.h5", SMALL, cluster="tcp://127.0.0.1:1")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     with pytest.raises(ValueError, match="give --cluster or --workers"):
-        commands.fill_store(
+        preprocess_commands.fill_store(
             str(tmp_path / "in"), str(tmp_path / "s.h5"), "", (), "", 2, "", cluster="local:2"
         )
 

@@ -20,7 +20,9 @@ from PIL import Image
 import tasks
 from medvl.base import config, files, processes, store
 from medvl.base.tree import flatten
-from medvl.commands import ct as ct_commands
+from medvl.commands import preprocess as preprocess_commands
+from medvl.commands import scans as scans_commands
+from medvl.commands import split as split_commands
 from medvl.components import encode
 from medvl.ct import chest, ingest, pairs, preprocess, protocols
 from medvl.ct.names import scan_of
@@ -200,11 +202,11 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
     found = look.look_at_scan(folder, blank, (), table, ["spacing_from=metadata"])
     assert (found["volume"].hu_rule, found["volume"].intercept) == ("metadata", -1024.0)
     np.testing.assert_array_equal(found["volume"].voxels, expected["volume"].voxels)
-    ct_commands.print_findings(
+    scans_commands.print_findings(
         str(folder), str(blank), ["Lung nodule"], str(table), ["spacing_from=metadata"]
     )
     assert "HU by metadata" in capsys.readouterr().out
-    ct_commands.embed_scan(
+    scans_commands.embed_scan(
         str(folder), str(blank), str(tmp_path / "e.npy"), str(table), ["spacing_from=metadata"]
     )
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), expected["embedding"].numpy(), rtol=1e-6)
@@ -846,7 +848,7 @@ def test_what_a_protocol_lacks_is_one_error_and_leaves_nothing(settings, message
 
 def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
     source = next(Path("data").glob("phantoms-*"))
-    ct_commands.split_tables(
+    split_commands.split_tables(
         str(source / "train_labels.csv"), str(tmp_path), "a=0.5,b=0.5", 0, [str(source / "train_reports.csv")]
     )
     read = lambda part: [r["VolumeName"] for r in files.read_csv(tmp_path / f"{part}.csv")]
@@ -855,7 +857,7 @@ def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
     assert not {n.split("_")[1] for n in names["a_labels"]} & {n.split("_")[1] for n in names["b_labels"]}
     for sizes in ("half", "a=1,a=1", "../a=1,b=1"):
         with pytest.raises(ValueError, match="sizes must"):
-            ct_commands.split_tables(str(source / "train_labels.csv"), str(tmp_path / "sizes"), sizes, 0)
+            split_commands.split_tables(str(source / "train_labels.csv"), str(tmp_path / "sizes"), sizes, 0)
 
 
 def _invoke(argv):
@@ -953,7 +955,7 @@ FROZEN = (*SET, "train.stages.0.train=['(fuse|text|project|contrast)/.*']")
 
 def test_features_of_a_cluster_are_those_that_training_finds(trained, tmp_path, monkeypatch, capsys):
     sharded = (*FROZEN, f"data.cache='{tmp_path / 'sharded'}'")
-    ct_commands.print_features("ctclip_phantom", sharded, "local:2")
+    preprocess_commands.print_features("ctclip_phantom", sharded, "local:2")
     assert (
         len(capsys.readouterr().out.splitlines()[-2:]) == len(list((tmp_path / "sharded").glob("*.h5"))) == 2
     )
@@ -979,9 +981,9 @@ def test_features_ahead_of_a_training_that_changes_the_encoder_are_refused(train
         with pytest.raises(
             ValueError, match=f"stage contrast must leave the slice encoder as it is, and {reason}"
         ):
-            ct_commands.print_features("ctclip_phantom", settings, "")
+            preprocess_commands.print_features("ctclip_phantom", settings, "")
     with pytest.raises(ValueError, match="is a tune experiment; only ct_clip"):
-        ct_commands.print_features("tune_phantom", (), "")
+        preprocess_commands.print_features("tune_phantom", (), "")
 
 
 def test_a_run_on_a_store_of_other_settings_is_refused(trained, tmp_path):
@@ -999,7 +1001,7 @@ def test_a_run_on_a_store_of_other_settings_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"made with other settings \(wanted / found\).*antialias"):
         run.evaluate(str(folder), (store_of_others,))
     with pytest.raises(ValueError, match=r"made with other settings \(wanted / found\).*antialias"):
-        ct_commands.print_features("ctclip_phantom", (*FROZEN, store_of_others), "")
+        preprocess_commands.print_features("ctclip_phantom", (*FROZEN, store_of_others), "")
 
 
 # One scan, looked at -----------------------------------------------------------------------------------------
@@ -1104,7 +1106,7 @@ def test_a_page_of_one_scan(trained, tmp_path, monkeypatch, capsys):
     grids = []
     picture_grid = plots.picture_grid
     monkeypatch.setattr(plots, "picture_grid", lambda *a: grids.append(a) or picture_grid(*a))
-    ct_commands.print_findings(str(folder), str(scan), [], page=str(page))
+    scans_commands.print_findings(str(folder), str(scan), [], page=str(page))
     assert report.NOTICE in capsys.readouterr().out
     found = look.look_at_scan(folder, scan)
     rows = files.read_csv(page / "findings.csv")
@@ -1135,11 +1137,11 @@ def test_a_page_of_one_scan(trained, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(pictures[0], np.interp(hu, (-1000, 600), (0, 255)).astype(np.uint8))
     before = sorted(page.rglob("*"))
     with pytest.raises(ValueError, match="is there already; give a new folder"):
-        ct_commands.print_findings(str(folder), str(scan), [], page=str(page))
+        scans_commands.print_findings(str(folder), str(scan), [], page=str(page))
     assert sorted(page.rglob("*")) == before
     monkeypatch.setattr(files, "write_csv", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ct_commands.print_findings(str(folder), str(scan), [], page=str(tmp_path / "other"))
+        scans_commands.print_findings(str(folder), str(scan), [], page=str(tmp_path / "other"))
     assert not [path for path in tmp_path.iterdir() if "other" in path.name and path.is_dir()]
 
 
@@ -1147,7 +1149,7 @@ def test_what_is_no_chest_is_said(trained, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
         chest, "doubt_chest", lambda volume: "this does not look like a chest CT: <it is a head>"
     )
-    ct_commands.print_findings(str(trained[1]), str(_scan()), [], page=str(tmp_path / "page"))
+    scans_commands.print_findings(str(trained[1]), str(_scan()), [], page=str(tmp_path / "page"))
     assert "this does not look like a chest CT: <it is a head>" in caplog.text
     assert (
         "this does not look like a chest CT: &lt;it is a head&gt;"
@@ -1162,7 +1164,7 @@ def test_many_scans_are_embedded_into_one_array(trained, tmp_path, caplog):
     source.mkdir()
     for scan in scans:
         shutil.copy(scan, source)
-    assert ct_commands.embed_scan(folder, str(source), str(out)) == 0
+    assert scans_commands.embed_scan(folder, str(source), str(out)) == 0
     embeddings = np.load(out)
     names = [scan.name.removesuffix(".nii.gz") for scan in scans]
     assert [r["VolumeName"] for r in files.read_csv(tmp_path / "e.csv")] == names
@@ -1172,15 +1174,15 @@ def test_many_scans_are_embedded_into_one_array(trained, tmp_path, caplog):
     table = tmp_path / "list.csv"
     table.write_text("path\n" + "".join(f"scans/{p.name}\n" for p in sorted(source.iterdir())))
     out.unlink()
-    assert ct_commands.embed_scan(folder, str(table), str(out)) == 3
+    assert scans_commands.embed_scan(folder, str(table), str(out)) == 3
     np.testing.assert_array_equal(np.load(out), embeddings)
     assert "broken: rejected: " in caplog.text
     before = table.read_text()
     with pytest.raises(ValueError, match=r"the names are written to .*list.csv, which is read here"):
-        ct_commands.embed_scan(folder, str(table), str(tmp_path / "list.npy"))
+        scans_commands.embed_scan(folder, str(table), str(tmp_path / "list.npy"))
     assert table.read_text() == before
     table.write_text("path\nscans/broken.nii.gz\n")
     with pytest.raises(ValueError, match="all of its 1 scans were rejected"):
-        ct_commands.embed_scan(folder, str(table), str(tmp_path / "none.npy"))
+        scans_commands.embed_scan(folder, str(table), str(tmp_path / "none.npy"))
     assert not (tmp_path / "none.npy").exists()
     assert not (tmp_path / "none.csv").exists()
