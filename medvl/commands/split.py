@@ -81,7 +81,7 @@ def split_tables(
 
 
 def _summarise(
-    patients: Sequence[str], indices_of_part: Mapping[str, Sequence[int]], target: int
+    patients: Sequence[str], indices_of_part: Mapping[str, np.ndarray], target: int
 ) -> dict[str, Any]:
     """What the reference writes beside the parts."""
     validation = {patients[i] for i in indices_of_part["valid"]}
