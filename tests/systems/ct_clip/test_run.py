@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,8 +30,6 @@ from medvl.ct.volumes import FIELDS, SOURCE_FIELDS
 from medvl.evaluation import metrics, plots, report, results
 from medvl.evaluation.calibration import Calibration, calibrate
 from medvl.hub import loading, tokens
-from medvl.phantoms import chests
-from medvl.phantoms.chest_case import PhantomConfig
 from medvl.serve import rooms
 from medvl.serve.interface import Refused
 from medvl.systems import export, run
@@ -858,66 +855,6 @@ def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
     for sizes in ("half", "a=1,a=1", "../a=1,b=1"):
         with pytest.raises(ValueError, match="sizes must"):
             split_commands.split_tables(str(source / "train_labels.csv"), str(tmp_path / "sizes"), sizes, 0)
-
-
-def _invoke(argv):
-    """The exit status of a task, run here."""
-    try:
-        Program(namespace=Collection.from_module(tasks)).run(argv, exit=False)
-    except SystemExit as e:
-        return e.code
-    return 0
-
-
-def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch, capsys):
-    """docs/ct_clip.md, "On your own data": scans of two sets, a test set cut from one of them. Only the model is another."""
-    monkeypatch.chdir(tmp_path)
-    cfg = PhantomConfig(patients=36, valid=24, test=1, columns=(40, 48), slices=(10, 12), seed=1)
-    chests.draw_chests(cfg, "scans", workers=1)
-    for split in ("train", "valid"):
-        for kind, name in (("metadata", "metadata"), ("reports", "reports"), ("labels", "predicted_labels")):
-            Path(f"scans/{split}_{kind}.csv").rename(f"{split}_{name}.csv")
-    Path("new.nii.gz").write_bytes(next(Path("scans/test").glob("*.nii.gz")).read_bytes())
-
-    raw = config.override(
-        config.read_settings(ROOT / "experiments/ctclip_vitb.toml"),
-        ("vit.name=''", "words.tokenizer=''", *SET[3:]),
-    )
-    del raw["vit"]["name"]
-    raw["train"] |= {"batch": 4, "stages": [{"name": "contrast", "steps": 2, "lr": 1e-3}]}
-    record = config.structure(raw, ct_record.Config)
-    exp = tmp_path / "ctclip_vitb.json"
-    exp.write_text(json.dumps(config.unstructure(record)))
-
-    shipped = config.load_record(ROOT / "experiments/ctclip_vitb.toml", ct_record.Config)
-    assert (
-        shipped.ct == preprocess.CtConfig()
-    )  # as `invoke preprocess` makes stores; only this test's are smaller
-    page = (ROOT / "docs/ct_clip.md").read_text()
-    block = page[page.index("## On your own data") : page.index("`data/ct_rate` then holds")]
-    commands = [
-        line.strip().partition("  #")[0].split() for line in block.splitlines() if line.startswith("    ")
-    ]
-    assert [c[1] for c in commands if c[0] == "invoke"] == [
-        "preprocess",
-        "preprocess",
-        "split",
-        "train",
-        "classify",
-    ]
-    ours = {
-        "16": "1",
-        "ctclip_vitb": str(exp),
-        "runs/ctclip_vitb-0a1b2c3d": f"runs/ctclip_vitb-{config.record_digest(record)}",
-    }
-    for command in commands:
-        argv = [ours.get(word, word) for word in command]
-        if argv[1] == "preprocess":
-            argv += ["--exp", str(exp)]
-        status = _invoke(argv) if argv[0] == "invoke" else subprocess.run(argv, check=False).returncode
-        assert status in (None, 0), (command, capsys.readouterr())
-    assert "Emphysema" in capsys.readouterr().out
-    assert Path("look.png").stat().st_size > 0
 
 
 def test_a_run_is_served(trained):
