@@ -260,17 +260,7 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
             if _is_named_dicom(name.rpartition("/")[2]):
                 raise ScanError(f"{name}: is not DICOM, or damaged; copy it again")
             return []
-        try:
-            from pydicom import dcmread
-        except ImportError as e:
-            raise ScanError(f"{name}: {MISSING}") from e
-        f.seek(0)
-        try:
-            check_syntax(f, force=True)
-        except ValueError as e:
-            raise ScanError(f"{name}: {e}") from None
-        f.seek(0)
-        data = dcmread(f, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+        data = _parse_header(name, f)
         start, tag = f.tell(), f.read(4)
     kind = str(data.file_meta.get("MediaStorageSOPClassUID") or data.get("SOPClassUID") or "")
     # Only images of the class "CT Image Storage" need not say that they are CT.
@@ -283,17 +273,9 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
         raise ScanError(f"{name}: has no pixels (PixelData); send the images again")
     values = 2 ** int(data.BitsStored)
     lowest = -values // 2 if data.get("PixelRepresentation") else 0
-    count = int(data.get("NumberOfFrames") or 1)
-    frames = data.get("PerFrameFunctionalGroupsSequence") or []
-    if len(frames) != count and (count > 1 or frames):
-        raise ScanError(
-            f"{name}: has {count} frames and positions of {len(frames)}, which only enhanced CT gives each "
-            "frame; write single frames"
-        )
-    shared = data.get("SharedFunctionalGroupsSequence") or []
     slices = []
-    for i in range(count):
-        get = partial(_find, [*frames[i : i + 1], *shared[:1]], data)
+    for frame, groups in enumerate(_groups_of_frames(name, data)):
+        get = partial(_find, groups, data)
         slope, intercept = get("RescaleSlope"), get("RescaleIntercept")
         slices.append(
             _Slice(
@@ -301,7 +283,7 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
                 open=opener,
                 start=start,
                 data=data,
-                frame=i,
+                frame=frame,
                 series=str(data.get("SeriesInstanceUID") or NO_UID),
                 patient=str(data.get("PatientID") or ""),
                 modality=modality,
@@ -316,6 +298,34 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
             )
         )
     return slices
+
+
+def _parse_header(name: str, f: Any) -> Any:
+    """pydicom's data set of `_TAGS`; the file is left at the tag of its pixels."""
+    try:
+        from pydicom import dcmread
+    except ImportError as e:
+        raise ScanError(f"{name}: {MISSING}") from e
+    f.seek(0)
+    try:
+        check_syntax(f, force=True)
+    except ValueError as e:
+        raise ScanError(f"{name}: {e}") from None
+    f.seek(0)
+    return dcmread(f, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+
+
+def _groups_of_frames(name: str, data: Any) -> list[list[Any]]:
+    """The functional groups of each frame, its own before those of all; none in an image of one frame."""
+    count = int(data.get("NumberOfFrames") or 1)
+    own = data.get("PerFrameFunctionalGroupsSequence") or []
+    if len(own) != count and (count > 1 or own):
+        raise ScanError(
+            f"{name}: has {count} frames and positions of {len(own)}, which only enhanced CT gives each frame; "
+            "write single frames"
+        )
+    shared = data.get("SharedFunctionalGroupsSequence") or []
+    return [[*own[i : i + 1], *shared[:1]] for i in range(count)]
 
 
 def _find(groups: Sequence[Any], data: Any, keyword: str) -> Any:
@@ -479,6 +489,7 @@ def _read_pixels(s: _Slice) -> Any:
     """The data set of a file's pixels, with what a decoder needs of its header."""
     from pydicom import filereader, uid
 
+    # The header is not parsed again, which would take as long as the pixels of a small slice.
     implicit, little = s.data.original_encoding
     with s.open() as f:
         f.seek(s.start)

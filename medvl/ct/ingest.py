@@ -9,7 +9,7 @@ import hashlib
 import logging
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -203,31 +203,41 @@ def _by_name(source: PathLike, listed: Iterable[tuple[str, Path]]) -> dict[str, 
 
 
 def _scans_below(folder: Path) -> list[tuple[str, Path]]:
+    """(volume name, path) of the scans of a folder, or of one file of DICOM or ZIP."""
     found = []
-    slices: dict[Path, list[Path]] = {}  # of each folder, and each ZIP
+    slices_of: dict[Path, list[Path]] = {}  # the files of each folder, and each ZIP
     for path in files.files_below(folder) if folder.is_dir() else [folder]:
         if path.name.lower().endswith(scans.SUFFIXES):
             found.append((names.volume_name(path), path))
-        # By content: series often have names without an ending, and office documents are ZIPs, too.
+        # By content, as series often have names without an ending.
         elif dicom.is_series(path):
             is_zip = dicom.is_zip(path)
+            # Office documents are ZIPs, too, and have other endings.
             if is_zip == (path.suffix.lower() == ".zip"):
-                slices.setdefault(path if is_zip else path.parent, []).append(path)
-    common = Counter(names.volume_name(place) for place in slices)
-    for place, paths in track(slices.items(), "looking for series"):
-        try:
-            series = [place / uid for uid in dicom.list_series(place if place.is_file() else paths)]
-        except ScanError:
-            series = [place]  # its own job says what is wrong, so that the others go on
-        name = names.volume_name(place)
-        if common[name] > 1 and place != folder:
-            name = "_".join([*place.parent.relative_to(folder).parts, name])
-        name = name or place.resolve().name  # of "."
-        for path in series:
-            digest = hashlib.sha256(path.name.encode()).hexdigest()[:8]
-            found.append((f"{name}_{digest}" if len(series) > 1 else name, path))
+                slices_of.setdefault(path if is_zip else path.parent, []).append(path)
+    found += _name_series(folder, slices_of)
     if not found:
         raise ValueError(f"{folder}: holds no {', '.join(scans.SUFFIXES)} file and no series of DICOM")
+    return found
+
+
+def _name_series(folder: Path, slices_of: Mapping[Path, list[Path]]) -> list[tuple[str, Path]]:
+    """(volume name, path) of each series in these folders and ZIPs below `folder`, see `find_scans`."""
+    found = []
+    num_places = Counter(names.volume_name(place) for place in slices_of)
+    for place, paths in track(slices_of.items(), "looking for series"):
+        name = names.volume_name(place)
+        if num_places[name] > 1 and place != folder:
+            name = "_".join([*place.parent.relative_to(folder).parts, name])
+        name = name or place.resolve().name  # of "."
+        try:
+            uids = [*dicom.list_series(place if place.is_file() else paths)]
+        except ScanError:
+            found.append((name, place))  # its own job says what is wrong, so that the others go on
+            continue
+        for uid in uids:
+            digest = hashlib.sha256(uid.encode()).hexdigest()[:8]
+            found.append((f"{name}_{digest}" if len(uids) > 1 else name, place / uid))
     return found
 
 

@@ -2,6 +2,7 @@
 "MAP@k" and cannot be compared.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,45 +73,73 @@ def evaluate_retrieval(
         texts: [r, d] of these reports.
         common: fields of all rows.
     """
-    rows: list[Result] = []
-
-    def add(what: str, n: int, subject: str, values: Mapping[int, float]) -> None:
-        for k, value in values.items():
-            rows.append(Result(what=f"{what}{k}", subject=subject, value=value, n=n, **common))
-
-    def ks(gallery: int) -> list[int]:
-        # Recall at more than there is would always be 1.
-        return [k for k in _KS if k <= gallery]
-
     scans = [names.scan_of(volume) for volume in volumes]
-    n = len(scans)
-    if text_of_scan:
-        recall = group_recall_at(texts @ embeddings.T, list(text_of_scan), scans, ks(n))
-        add("recall_at_", len(text_of_scan), f"report to one of {n} volumes", recall)
-        # Reports of the same words are one, which nothing can tell apart.
-        row_of_text = {text: row for row, text in enumerate(text_of_scan.values())}
-        asked = [i for i, scan in enumerate(scans) if scan in text_of_scan]
-        similarity = embeddings[asked] @ texts[list(row_of_text.values())].T
-        own = [text_of_scan[scans[i]] for i in asked]
-        recall = group_recall_at(similarity, own, list(row_of_text), ks(len(row_of_text)))
-        add("recall_at_", len(asked), f"volume to one of {len(row_of_text)} different reports", recall)
     similarity = embeddings @ embeddings.T
-    asked = [i for i, scan in enumerate(scans) if scans.count(scan) > 1]
-    if asked:
-        # A volume is of its own scan: below all others it is never the first that is right.
-        others = similarity.clone().fill_diagonal_(-2)[asked]
-        recall = group_recall_at(others, [scans[i] for i in asked], scans, ks(n - 1))
-        subject = f"volume to another of its scan among {n - 1} volumes, itself excluded"
-        add("recall_at_", len(asked), subject, recall)
+    kinds = []
+    if text_of_scan:
+        kinds += _recall_of_reports(embeddings, scans, text_of_scan, texts)
+    kinds += _recall_of_scans(similarity, scans)
+    kinds += _agreement_of_labels(similarity.numpy(), scans, labels)
+    rows = []
+    for what, subject, n, value_at in kinds:
+        for k, value in value_at.items():
+            rows.append(Result(what=f"{what}{k}", subject=subject, value=value, n=n, **common))
+    return rows
+
+
+_Kind = tuple[str, str, int, Mapping[int, float]]  # what, subject, number of queries, {k: value}
+
+
+def _recall_of_reports(
+    embeddings: Tensor, scans: Sequence[str], text_of_scan: Mapping[str, str], texts: Tensor
+) -> list[_Kind]:
+    """Recall of any volume of a report's scan, and of a volume's report."""
+    n = len(scans)
+    to_volumes = group_recall_at(texts @ embeddings.T, list(text_of_scan), scans, _ks(n))
+    # Reports of the same words are one, which nothing can tell apart.
+    row_of_text = {text: row for row, text in enumerate(text_of_scan.values())}
+    asked = [i for i, scan in enumerate(scans) if scan in text_of_scan]
+    similarity = embeddings[asked] @ texts[list(row_of_text.values())].T
+    own = [text_of_scan[scans[i]] for i in asked]
+    to_reports = group_recall_at(similarity, own, list(row_of_text), _ks(len(row_of_text)))
+    return [
+        ("recall_at_", f"report to one of {n} volumes", len(text_of_scan), to_volumes),
+        ("recall_at_", f"volume to one of {len(row_of_text)} different reports", len(asked), to_reports),
+    ]
+
+
+def _recall_of_scans(similarity: Tensor, scans: Sequence[str]) -> list[_Kind]:
+    """Recall of another volume of a volume's scan; nothing where no scan has two."""
+    num_volumes = Counter(scans)
+    asked = [i for i, scan in enumerate(scans) if num_volumes[scan] > 1]
+    if not asked:
+        return []
+    others = len(scans) - 1
+    # A volume is of its own scan: below all others it is never the first that is right.
+    without_itself = similarity.clone().fill_diagonal_(-2)[asked]
+    recall = group_recall_at(without_itself, [scans[i] for i in asked], scans, _ks(others))
+    subject = f"volume to another of its scan among {others} volumes, itself excluded"
+    return [("recall_at_", subject, len(asked), recall)]
+
+
+def _agreement_of_labels(similarity: np.ndarray, scans: Sequence[str], labels: np.ndarray) -> list[_Kind]:
+    """The two scores that are published as MAP@k."""
     size = int(labels.any(1).sum())
-    jaccard = ctclip_jaccard_at(similarity.numpy(), labels, ks(size))
-    add("ctclip_jaccard@", n, f"volume to {size} volumes with a finding, itself included", jaccard)
+    jaccard = ctclip_jaccard_at(similarity, labels, _ks(size))
+    subject = f"volume to {size} volumes with a finding, itself included"
+    kinds: list[_Kind] = [("ctclip_jaccard@", subject, len(scans), jaccard)]
     # Reconstructions share their labels, which would be too easy.
     first = [scans.index(scan) for scan in dict.fromkeys(scans)]
     sizes = np.unique(labels[first], axis=0, return_counts=True)[1]
     asking = int(sizes[sizes > 1].sum())
     if asking:
-        exact = spectre_exact_at(similarity[first][:, first].numpy(), labels[first], ks(len(first) - 1))
-        subject = f"volume to {len(first) - 1} others, one of each scan, itself excluded"
-        add("spectre_exact@", asking, subject, exact)
-    return rows
+        others = len(first) - 1
+        exact = spectre_exact_at(similarity[first][:, first], labels[first], _ks(others))
+        subject = f"volume to {others} others, one of each scan, itself excluded"
+        kinds.append(("spectre_exact@", subject, asking, exact))
+    return kinds
+
+
+def _ks(gallery: int) -> list[int]:
+    # Recall at more than there is would always be 1.
+    return [k for k in _KS if k <= gallery]
