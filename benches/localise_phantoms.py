@@ -24,9 +24,8 @@ from medvl.ct import preprocess
 from medvl.evaluation import results
 from medvl.phantoms import chest_voxels, chests
 from medvl.phantoms.chest_case import Lesion, PhantomConfig
-from medvl.systems.ct_clip import data, look, model, run, slice_features
+from medvl.systems.ct_clip import data, look, model, run, slice_effects
 from medvl.systems.ct_clip.model import Model
-from medvl.systems.ct_clip.slice_effects import slice_effects
 
 FINDINGS = ("Lung nodule", "Lung opacity", "Consolidation", "Hiatal hernia")  # balls about `Lesion.at`
 
@@ -73,12 +72,12 @@ def untrained(opened: tuple[Model, Tree], folder: Path) -> tuple[Model, Tree]:
 
 
 def look_at(ct_clip: Model, params: Tree, volumes: data.store.Store, name: str) -> dict[str, torch.Tensor]:
-    return slice_features.encode_batch(ct_clip, params, data.pairs.read_slices(volumes, [name]))
+    return slice_effects.encode_batch(ct_clip, params, data.pairs.read_slices(volumes, [name]))
 
 
 def average_of(opened: tuple[Model, Tree]) -> torch.Tensor:
     volumes = data.open_volumes(opened[0].cfg, "valid")
-    return slice_features.average_slices(*opened, volumes, volumes.names[:64])
+    return slice_effects.average_slices(*opened, volumes, volumes.names[:64])
 
 
 def main() -> None:
@@ -106,13 +105,13 @@ def main() -> None:
             other = FINDINGS[(FINDINGS.index(finding) + 1) % len(FINDINGS)]
             effects = {"middle slice": -np.abs(np.arange(len(z)) - (len(z) - 1) / 2)}
             for kind, (ct_clip, params) in opened.items():
-                batch = slice_features.encode_batch(ct_clip, params, look.batch_of_one(volume))
+                batch = slice_effects.encode_batch(ct_clip, params, look.batch_of_one(volume))
                 around = average[kind][slice(*volume.occupied)]
-                table = slice_effects(ct_clip, params, batch, [finding, other], around).numpy()
+                table = slice_effects.slice_effects(ct_clip, params, batch, [finding, other], around).numpy()
                 effects[f"{kind}, all other slices average"] = table[:, 0]
                 if kind == "trained":
                     effects["trained, asked for another finding"] = table[:, 1]
-                    dropped = slice_effects(ct_clip, params, batch, [finding]).numpy()[:, 0]
+                    dropped = slice_effects.slice_effects(ct_clip, params, batch, [finding]).numpy()[:, 0]
                     effects["trained, the slice left out"] = dropped
             for kind, effect in effects.items():
                 distance = abs(float(z[np.argmax(effect)]) - lesion.at[2])

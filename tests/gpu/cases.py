@@ -27,8 +27,8 @@ from medvl.language import chat, clip_vision, encoding, generate, likelihood, sy
 from medvl.language.conversations import Conversation
 from medvl.language.sampling import Sampling, allow_only
 from medvl.language.templates import PLACEHOLDERS
+from medvl.systems.ct_clip import common_space
 from medvl.systems.ct_clip import model as ct_clip
-from medvl.systems.ct_clip import score
 from medvl.systems.ct_clip.record import Config as CtClipConfig
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa.record import Config as SlideVqaConfig
@@ -272,7 +272,7 @@ def _(device):
 def _(device):
     model, params = ct_clip_model()
     params = move(device, params | {"running": {"image": {"mean": randn(64)}}})
-    return {"place": score.place_batch(model, params, ct_batch())}
+    return {"place": common_space.place_batch(model, params, ct_batch())}
 
 
 @case("encode_slices of every pool, voxels on the CPU")

@@ -1,9 +1,9 @@
 """ct_clip: CT volumes and reports in one space; findings named in words are read off by comparison.
 
 `record` is the record of an experiment, `model` the two towers and their loss, `data` its files, labels,
-reports and batches, `slice_features` the cache of a frozen slice encoder, `run` trains, `score` scores
-findings and writes the report, `slice_effects` tells which slices speak for a finding, `look` is one scan and
-`scan_page` its page, `export` writes a run as safetensors.
+reports and batches, `slice_features` the cache of a frozen slice encoder, `common_space` places volumes and texts
+where findings are read off, `run` trains, `score` scores a split and writes the report, `slice_effects` tells which
+slices speak for a finding, `look` is one scan and `scan_page` its page, `export` writes a run as safetensors.
 """
 
 from pathlib import Path

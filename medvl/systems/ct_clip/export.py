@@ -13,7 +13,7 @@ from medvl.ct.preprocess import size_of
 from medvl.hub import checkpoints, saving, skeletons
 from medvl.systems.ct_clip.model import Model, embed_volumes, init_model
 from medvl.systems.ct_clip.record import Config, VitConfig
-from medvl.systems.ct_clip.slice_features import AVERAGE
+from medvl.systems.ct_clip.slice_effects import AVERAGE
 
 REST = "rest.safetensors"
 

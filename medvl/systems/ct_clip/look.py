@@ -17,12 +17,11 @@ from medvl.base.tree import Tree
 from medvl.ct import chest, dicom, metadata_table, names, preprocess, reports
 from medvl.ct.preprocess import CtConfig, Volume
 from medvl.evaluation import calibration
-from medvl.systems.ct_clip import slice_features
+from medvl.systems.ct_clip.common_space import finding_probabilities, place_batch
 from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.run import load
-from medvl.systems.ct_clip.score import finding_probabilities, place_batch
-from medvl.systems.ct_clip.slice_effects import slice_effects
+from medvl.systems.ct_clip.slice_effects import AVERAGE, encode_batch, slice_effects
 
 _log = logging.getLogger("medvl")
 
@@ -64,7 +63,7 @@ def look_at_scan(
     if doubt:
         _log.warning("%s: %s", volume.name, doubt)
     ct_clip, params = opened or load(folder)
-    batch = slice_features.encode_batch(ct_clip, params, batch_of_one(volume))
+    batch = encode_batch(ct_clip, params, batch_of_one(volume))
     embedding = place_batch(ct_clip, params, batch)
     # Of the run's own evaluation; a run that was not evaluated has none.
     results = folder / "results"
@@ -81,7 +80,7 @@ def look_at_scan(
         fitted = config.load_record(results / "calibration.json", calibration.Calibration)
     effects = {}
     if slices:
-        average = _read_average(results / slice_features.AVERAGE, volume, batch["slices"].shape[2])
+        average = _read_average(results / AVERAGE, volume, batch["slices"].shape[2])
         table = slice_effects(ct_clip, params, batch, findings, average)
         effects = dict(zip(findings, table.T.numpy(), strict=True))
     return {

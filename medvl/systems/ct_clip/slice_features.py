@@ -4,7 +4,7 @@ import functools
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medvl.base import config, files, processes, store, transfer
+from medvl.base import config, files, processes, store
 from medvl.base.cache import missing_names
 from medvl.base.cluster import map_on_cluster, open_cluster
 from medvl.base.display import track
@@ -27,10 +27,8 @@ from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.data import open_volumes, prepare_data
 from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
-from medvl.training import gradients
 from medvl.training.order import prefetch
 
-AVERAGE = "average_slices.npy"  # in the results of a run
 # Volumes that a GPU encodes together, which a single one of a small encoder would not fill.
 _TOGETHER_ON_GPU = 4
 _FIELDS = (("spacing_mm", "f8", 3), ("occupied", "i4", 2), ("volume", "S32"))  # volume: digest of its voxels
@@ -99,28 +97,6 @@ def cached_features(model: Model, params: Tree, volumes: Store, folder: Path, cl
             _compute_on_cluster(client, model.cfg, volumes, missing, features)
         processes.wait_for_all()
     return store.open_store(path, expect=settings)
-
-
-def encode_batch(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of `embed_volumes` with embeddings [b, s, d] in the place of its voxels."""
-    slices = transfer.to_device(batch["slices"], params["fuse"]["norm"]["weight"].device)
-    with torch.no_grad(), gradients.autocast(params, model.cfg.train.precision):
-        features = ct_clip.encode_volumes(model, params["vit"], slices, batch["mask"])
-    return {**batch, "slices": features}
-
-
-def average_slices(model: Model, params: Tree, volumes: Store, names: Sequence[str]) -> Tensor:
-    """The mean embedding [z, d] of the slices at each height of the grid; of all slices where no volume has one."""
-    total = torch.zeros(1)
-    count = torch.zeros(volumes.shape[0], 1)
-    for name in track(names, "averaging slices of volume"):
-        features = encode_batch(model, params, pairs.read_slices(volumes, [name]))["slices"][0].float().cpu()
-        first, stop = volumes.row(name)["occupied"]
-        total = total + torch.zeros(len(count), features.shape[1]).index_add(
-            0, torch.arange(first, stop), features
-        )
-        count[first:stop] += 1
-    return torch.where(count > 0, total / count.clamp(min=1), total.sum(0) / count.sum())
 
 
 def _settings(model: Model, params: Tree, volumes: Store) -> dict[str, Any]:

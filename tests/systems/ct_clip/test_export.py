@@ -11,7 +11,7 @@ from medvl.base import config
 from medvl.base.tree import flatten
 from medvl.components import encode
 from medvl.hub import saving, skeletons, tokens
-from medvl.systems.ct_clip import export, model, score
+from medvl.systems.ct_clip import common_space, export, model
 from medvl.systems.ct_clip import run as ct_clip_run
 from tests.gpu import cases
 from tests.hub.pieces import TINY
@@ -61,10 +61,12 @@ def test_what_is_written_is_the_run(tmp_path, named):
         assert torch.equal(leaf, flatten(weights)[name])
     batch = cases.ct_batch()
     with torch.no_grad():
-        assert torch.equal(score.place_batch(of, params, batch), score.place_batch(again, weights, batch))
-        rows = score.place_batch(of, params, batch)
+        assert torch.equal(
+            common_space.place_batch(of, params, batch), common_space.place_batch(again, weights, batch)
+        )
+        rows = common_space.place_batch(of, params, batch)
         asked = [
-            score.finding_probabilities(*one, rows, ("Lung nodule",))
+            common_space.finding_probabilities(*one, rows, ("Lung nodule",))
             for one in ((of, params), (again, weights))
         ]
         assert torch.equal(*asked)

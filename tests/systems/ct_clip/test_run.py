@@ -33,13 +33,13 @@ from medvl.hub import loading, tokens
 from medvl.serve import rooms
 from medvl.serve.interface import Refused
 from medvl.systems import export, run
+from medvl.systems.ct_clip import common_space, look, score, slice_features
 from medvl.systems.ct_clip import data as ct_data
-from medvl.systems.ct_clip import look, score, slice_features
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import record as ct_record
 from medvl.systems.ct_clip import run as ct_clip_run
-from medvl.systems.ct_clip.slice_effects import slice_effects
-from medvl.systems.ct_clip.slice_features import average_slices, cached_features, encode_batch
+from medvl.systems.ct_clip.slice_effects import average_slices, encode_batch, slice_effects
+from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states
 from medvl.training.record import Speed, Stage
 from medvl.training.stages import make_optimizer
@@ -223,8 +223,8 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
 def test_volumes_do_not_depend_on_their_neighbours(trained):
     model, params = ct_clip_run.load(trained[1])
     of = ct_data.open_volumes(model.cfg, "test")
-    whole = score.place_volumes(model, params, of, of.names)
-    single = torch.cat([score.place_volumes(model, params, of, [n]) for n in of.names])
+    whole = common_space.place_volumes(model, params, of, of.names)
+    single = torch.cat([common_space.place_volumes(model, params, of, [n]) for n in of.names])
     torch.testing.assert_close(whole, single, atol=1e-5, rtol=1e-5)
 
 
@@ -957,8 +957,8 @@ def test_each_slice_is_occluded_as_a_loop_would(trained):
     def logit(slices, kept):
         one = {"slices": slices[kept][None], "position_mm": batch["position_mm"][:, kept]}
         one["mask"] = torch.ones(1, one["slices"].shape[1], dtype=torch.bool)
-        placed = score.place_batch(model, params, one)
-        return torch.logit(score.finding_probabilities(model, params, placed, findings)[0])
+        placed = common_space.place_batch(model, params, one)
+        return torch.logit(common_space.finding_probabilities(model, params, placed, findings)[0])
 
     voxels, features = batch["slices"][0], encoded["slices"][0]
     everything = list(range(len(voxels)))
@@ -975,8 +975,8 @@ def test_each_slice_is_occluded_as_a_loop_would(trained):
     assert alone.abs().max() > 1e-4
     # A finding that is sure: its probability is 1, with this slice or without it.
     sure = {**params, "contrast": {**params["contrast"], "log_scale": torch.tensor(30.0)}}
-    probabilities = score.finding_probabilities(
-        model, sure, score.place_batch(model, sure, encoded), findings
+    probabilities = common_space.finding_probabilities(
+        model, sure, common_space.place_batch(model, sure, encoded), findings
     )
     assert ((probabilities == 0) | (probabilities == 1)).all()
     ratio = params["contrast"]["log_scale"].exp().double() / sure["contrast"]["log_scale"].exp().double()

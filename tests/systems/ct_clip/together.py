@@ -12,7 +12,7 @@ from attrs import evolve
 
 from medvl.base import processes, store
 from medvl.base.tree import flatten, map_leaves, unflatten
-from medvl.systems.ct_clip import data, score, slice_features
+from medvl.systems.ct_clip import common_space, data, score, slice_features
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import run as ct_clip_run
 from medvl.training import loop, stages, states
@@ -31,7 +31,7 @@ def place_and_score(folder):
     volumes = data.open_volumes(model.cfg, "valid")
     names = volumes.names[:7]  # of batches of 3, 3 and 1
     with mock.patch.object(store.Store, "read", autospec=True, side_effect=store.Store.read) as read:
-        rows = score.place_volumes(model, params, volumes, names)
+        rows = common_space.place_volumes(model, params, volumes, names)
     found = {"rows": rows, "volumes": read.call_count, "score": score.mean_auroc(model, params, volumes)}
     torch.save(found, folder / f"placed-{processes.world_size()}-{processes.rank()}.pt")
 
