@@ -12,7 +12,7 @@ from medvl.ct import ingest
 from medvl.evaluation import report, results
 from medvl.hub import checkpoints
 from medvl.systems.ct_clip import scan_page
-from medvl.systems.ct_clip.look import look_at_scan
+from medvl.systems.ct_clip.look import embed_volume, look_at_scan, read_volume
 from medvl.systems.ct_clip.run import load
 
 _log = logging.getLogger("medvl")
@@ -32,27 +32,36 @@ def embed_scan(
         raise ValueError(f"embed: out must end in .npy, got {embedding_file!r}")
     files.check_writable(embedding_file)
     run_folder = _ct_run(folder, "embed")
-    if not Path(scan).is_dir() and not scan.lower().endswith(".csv"):
-        embedding = look_at_scan(run_folder, scan, (), metadata, settings, slices=False)["embedding"]
-        files.write_array(embedding_file, embedding.numpy())
-        print(f"{embedding_file}: {len(embedding)} numbers")
-        return 0
+    if Path(scan).is_dir() or scan.lower().endswith(".csv"):
+        return _embed_scans(run_folder, scan, embedding_file, metadata, settings)
+    # A file that cannot be read costs no loading of weights.
+    volume, _ = read_volume(run_folder, scan, metadata, settings)
+    embedding = embed_volume(load(run_folder), volume)
+    files.write_array(embedding_file, embedding.numpy())
+    print(f"{embedding_file}: {len(embedding)} numbers")
+    return 0
+
+
+def _embed_scans(
+    run_folder: Path, source: str, embedding_file: str, metadata: str, settings: Sequence[str]
+) -> int:
     names_csv = Path(embedding_file).with_suffix(".csv")
-    if names_csv.resolve() in (Path(scan).resolve(), Path(metadata).resolve()):
+    if names_csv.resolve() in (Path(source).resolve(), Path(metadata).resolve()):
         raise ValueError(f"embed: the names are written to {names_csv}, which is read here; rename one")
     files.check_writable(names_csv)
-    paths = ingest.find_scans(scan)
+    paths = ingest.find_scans(source)
     opened = load(run_folder)
     embeddings, num_rejected = {}, 0
     for name, path in track(paths.items(), "embedding scans", len(paths)):
         try:
-            found = look_at_scan(run_folder, path, (), metadata, settings, opened=opened, slices=False)
-            embeddings[name] = found["embedding"].numpy()
+            volume, _ = read_volume(run_folder, path, metadata, settings)
         except ValueError as e:
             num_rejected += 1
             _log.warning("%s: rejected: %s", name, e)
+        else:
+            embeddings[name] = embed_volume(opened, volume).numpy()
     if not embeddings:
-        raise ValueError(f"embed: {scan}: all of its {num_rejected} scans were rejected")
+        raise ValueError(f"embed: {source}: all of its {num_rejected} scans were rejected")
     files.write_csv(names_csv, [{"VolumeName": name} for name in embeddings], ["VolumeName"])
     files.write_array(embedding_file, np.stack([*embeddings.values()]))
     print(f"{embedding_file}, {names_csv}: {len(embeddings)} scans, {num_rejected} rejected")

@@ -40,28 +40,18 @@ def look_at_scan(
 
     Args:
         findings: to tell the probability of, in words; () = those of the run.
-        metadata_csv: a table with the scan's row, by `VolumeName`.
-        settings: of how this scan is read, `hu=...`, `spacing_from=...` and `tilt=...`; all else must be as the
-            run was trained.
+        metadata_csv, settings: as of `read_volume`.
         opened: from `run.load`; None = it is loaded here.
         slices: also tell which slices speak for each finding.
     Returns:
         {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: zero-shot}, "threshold" {finding:
-        for it, from validation, where known}, "calibrated" and "calibrated_threshold" the same two after the
-        run's calibration, "slices" {finding: [s], see `slice_effects`}, "slice_mm" [s] height above the lowest
-        slice, "doubt" why it is no chest CT, or ""}.
+        for it, from validation, where known}, "calibration" the run's, "calibrated" and "calibrated_threshold"
+        probability and threshold after it, "slices" {finding: [s], see `slice_effects`}, "slice_mm" [s] height
+        above the lowest slice, "doubt" why it is no chest CT, or ""}.
     """
     folder = Path(folder)
-    # Everything about the scan comes first: a file that cannot be read costs no loading of weights.
-    cfg = _scan_settings(config.load_record(folder / "config.json", Config).ct, settings)
-    row = None
-    if metadata_csv:
-        name = names.volume_name(dicom.split(scan)[0])
-        row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
-    volume = preprocess.preprocess_scan(scan, cfg, row)
-    doubt = chest.doubt_chest(volume)
-    if doubt:
-        _log.warning("%s: %s", volume.name, doubt)
+    # The scan comes first: a file that cannot be read costs no loading of weights.
+    volume, doubt = read_volume(folder, scan, metadata_csv, settings)
     ct_clip, params = opened or load(folder)
     batch = encode_batch(ct_clip, params, batch_of_one(volume))
     embedding = place_batch(ct_clip, params, batch)
@@ -88,12 +78,40 @@ def look_at_scan(
         "embedding": embedding[0],
         "probability": probability,
         "threshold": threshold,
+        "calibration": fitted,
         "calibrated": fitted.apply(probability),
         "calibrated_threshold": fitted.apply(threshold),
         "slices": effects,
         "slice_mm": (batch["position_mm"][0] - batch["position_mm"][0, 0]).numpy(),
         "doubt": doubt,
     }
+
+
+def read_volume(
+    folder: Path, scan: files.PathLike, metadata_csv: files.PathLike = "", settings: Sequence[str] = ()
+) -> tuple[Volume, str]:
+    """(a scan preprocessed as a run was trained, why it is no chest CT or ""); a doubt is warned of, too.
+
+    Args:
+        metadata_csv: a table with the scan's row, by `VolumeName`.
+        settings: of how this scan is read, `hu=...`, `spacing_from=...` and `tilt=...`; all else must be as the
+            run was trained.
+    """
+    cfg = _scan_settings(config.load_record(folder / "config.json", Config).ct, settings)
+    row = None
+    if metadata_csv:
+        name = names.volume_name(dicom.split(scan)[0])
+        row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
+    volume = preprocess.preprocess_scan(scan, cfg, row)
+    doubt = chest.doubt_chest(volume)
+    if doubt:
+        _log.warning("%s: %s", volume.name, doubt)
+    return volume, doubt
+
+
+def embed_volume(opened: tuple[Model, Tree], volume: Volume) -> Tensor:
+    """The embedding [d] of a volume, float32, L2-normalised."""
+    return place_batch(*opened, batch_of_one(volume))[0]
 
 
 def _read_average(path: Path, volume: Volume, width: int) -> Tensor | None:

@@ -49,12 +49,12 @@ def write_page(found: dict[str, Any], folder: files.PathLike) -> Path:
             profiles, "height above the lowest slice, mm", "change of the logit"
         ),
     }
-    uncalibrated = [f for f, p in found["probability"].items() if p == found["calibrated"][f]]
+    uncalibrated = found["probability"].keys() - found["calibration"].lines.keys()
     spacing_mm = tuple(round(mm, 2) for mm in volume.source_spacing_mm)
     notes = (
         f"HU by {volume.hu_rule}; {volume.source_shape} voxels of {spacing_mm} mm.",
         "Probabilities are zero-shot ones after the run's calibration on its validation split. Without one: "
-        f"{', '.join(uncalibrated) or 'none'}. A slice speaks for a finding as "
+        f"{', '.join(sorted(uncalibrated)) or 'none'}. A slice speaks for a finding as "
         "far as it changes its zero-shot logit by itself; that is what the model goes by, not where the finding is.",
     )
     caption = f"Findings: {found['doubt']}" if found["doubt"] else "Findings"

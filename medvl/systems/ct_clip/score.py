@@ -20,6 +20,7 @@ from medvl.evaluation.results import Result
 from medvl.systems.ct_clip import data
 from medvl.systems.ct_clip.common_space import finding_probabilities, place_texts, place_volumes
 from medvl.systems.ct_clip.model import Model
+from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.slice_effects import AVERAGE, average_slices
 
 _log = logging.getLogger("medvl")
@@ -99,8 +100,7 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     valid = score_split(ct_clip, params, "valid")
     test = score_split(ct_clip, params, "test")
     thresholds = metrics.best_thresholds(valid.scores, valid.labels, cfg.evaluate.rule)
-    kind = cfg.evaluate.calibration
-    fitted = calibration.fit_calibration(kind, valid.scores, valid.labels, valid.findings)
+    fitted = calibration.fit_calibration(cfg.evaluate.calibration, valid.scores, valid.labels, valid.findings)
     calibrated = calibration.calibrate(fitted, test.scores, test.findings)
     scored = (test.scores, test.labels, test.names, test.findings)
     options: dict[str, Any] = {
@@ -116,6 +116,7 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     rows += _retrieval(ct_clip, params, test, experiment)
     _write_scores(folder / "scores_valid.csv", valid)
     _write_scores(folder / "scores_test.csv", test)
+    # What `look_at_scan` needs beside the weights.
     threshold_of_finding = dict(zip(test.findings, thresholds.tolist(), strict=True))
     files.write_text(folder / "thresholds.json", json.dumps(threshold_of_finding, indent=1) + "\n")
     files.write_text(folder / "calibration.json", json.dumps(config.unstructure(fitted), indent=1) + "\n")
@@ -133,10 +134,17 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
         **plots.training_curves(folder.parent / last_stage / "metrics.jsonl"),
         "Middle slices of nine test volumes as the model sees them": sheet,
     }
+    page = report.write_report(
+        folder, f"{experiment}: zero-shot findings", rows, figures, _notes(cfg, valid, test)
+    )
+    return rows, page
+
+
+def _notes(cfg: Config, valid: SplitScores, test: SplitScores) -> list[str]:
     notes = [
         f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the "
         f"validation split ({len(valid.names)} {cfg.evaluate.level}s). Labels were not trained on; validation "
-        f"labels chose checkpoint, thresholds and calibration ({kind}). Scores and thresholds are zero-shot "
+        f"labels chose checkpoint, thresholds and calibration ({cfg.evaluate.calibration}). Scores and thresholds are zero-shot "
         "probabilities; calibration is a rising function of them, which changes no ranking and no decision.",
         f"Protocol: {cfg.evaluate.protocol or 'all findings of the label table'}; {len(test.names)} "
         f"{cfg.evaluate.level}s, without those of {cfg.evaluate.exclude or 'no list'}.",
@@ -146,7 +154,7 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
             "Thresholds of the metrics called ctclip were chosen on the evaluated set, as CT-CLIP does: they are too "
             "high, and comparable with its published numbers only."
         )
-    return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
+    return notes
 
 
 def _write_scores(path: Path, split: SplitScores) -> None:
