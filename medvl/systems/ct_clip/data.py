@@ -113,10 +113,7 @@ def label_volumes(cfg: Config, split: str, volumes: store.Store) -> LabelledVolu
         ValueError: as `reports.read_labels`; no volume has labels.
     """
     table = data_path(cfg, "labels", split)
-    if cfg.evaluate.protocol:
-        listed, findings, labels = protocols.read_labels(table, cfg.evaluate.protocol)
-    else:
-        listed, findings, labels = reports.read_labels(table, cfg.evaluate.findings, cfg.data.patient_column)
+    listed, findings, labels = _read_labels(cfg, table)
     # Volumes in the order of the table, not of the store: it is the order of all scores that are written.
     stored = set(volumes.names)
     rows = [i for i, name in enumerate(listed) if name in stored]
@@ -133,8 +130,19 @@ def label_volumes(cfg: Config, split: str, volumes: store.Store) -> LabelledVolu
     if cfg.evaluate.exclude:
         excluded = set(names.read_list(cfg.evaluate.exclude))
         rows = [i for i in rows if listed[i] not in excluded]
+        if not rows:
+            raise ValueError(
+                f"evaluate.exclude: {cfg.evaluate.exclude} leaves no volume of the {split} split"
+            )
         _log.warning("%s: %d volumes are left without those of %s", split, len(rows), cfg.evaluate.exclude)
     return LabelledVolumes(names=tuple(listed[i] for i in rows), findings=findings, labels=labels[rows])
+
+
+def _read_labels(cfg: Config, table: Path) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
+    """Volumes, findings and labels of a table."""
+    if cfg.evaluate.protocol:
+        return protocols.read_labels(table, cfg.evaluate.protocol)
+    return reports.read_labels(table, cfg.evaluate.findings, cfg.data.patient_column)
 
 
 def patients_of(cfg: Config, split: str, volume_names: Sequence[str]) -> list[str]:
@@ -161,22 +169,27 @@ def check_labels(cfg: Config) -> None:
             labels of one class only, a patient in two splits.
     """
     patients = {"train": set(patients_of(cfg, "train", open_volumes(cfg, "train").names))}
-    findings: dict[str, tuple[str, ...]] = {}
     for split in ("valid", "test"):
         labelled = label_volumes(cfg, split, open_volumes(cfg, split))
-        findings[split] = labelled.findings
         patients[split] = set(patients_of(cfg, split, labelled.names))
         if split == "valid":
             _check_classes(cfg, labelled)
-    # Thresholds of the validation split are applied column by column to the test split.
-    if findings["valid"] != findings["test"]:
-        different = sorted(set(findings["valid"]) ^ set(findings["test"])) or ["their order"]
+    check_findings(cfg)
+    _check_patients(patients)
+
+
+def check_findings(cfg: Config) -> None:
+    """Raise where the label tables of validation and test have other findings: thresholds of the one are applied
+    column by column to the other.
+    """
+    valid_table, test_table = data_path(cfg, "labels", "valid"), data_path(cfg, "labels", "test")
+    valid, test = _read_labels(cfg, valid_table)[1], _read_labels(cfg, test_table)[1]
+    if valid != test:
+        different = sorted(set(valid) ^ set(test)) or ["their order"]
         raise ValueError(
-            f"{data_path(cfg, 'labels', 'test')}: must have the findings of "
-            f"{data_path(cfg, 'labels', 'valid')} in their order, "
+            f"{test_table}: must have the findings of {valid_table} in their order, "
             f"they differ in {', '.join(different)}; evaluate.findings can name those to score"
         )
-    _check_patients(patients)
 
 
 def _check_classes(cfg: Config, valid: LabelledVolumes) -> None:

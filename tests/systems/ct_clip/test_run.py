@@ -830,7 +830,7 @@ def test_evaluation_by_scan_counts_scans(trained):
         (["evaluate.protocol=ctrate18"], r"valid_labels.csv: the protocol ctrate18 of 18 findings needs the columns Medical"),
         (["evaluate.protocol=ctrate"], r"evaluate.protocol"),
         (["evaluate.protocol=ctclip", "evaluate.findings=['Cardiomegaly']"], "give findings or a protocol"),
-        (["data.test=nowhere"], r"nowhere/test.h5"),
+        (["data.test=nowhere"], r"nowhere/test_labels.csv"),
         (["evaluate.exclude=nowhere.txt"], r"nowhere.txt: not a readable list of volumes"),
     ],
 )  # fmt: skip
@@ -841,6 +841,26 @@ def test_what_a_protocol_lacks_is_one_error_and_leaves_nothing(settings, message
         run.evaluate(str(folder), settings, lambda line: None)
     assert "\n" not in str(e.value)
     assert {path for path in folder.rglob("*") if path.suffix != ".lock"} - before <= {folder / "log.txt"}
+
+
+def test_a_test_set_with_its_findings_in_another_order_is_refused(trained, tmp_path):
+    """Thresholds of one finding would be applied to another."""
+    cfg, folder = trained
+    test = tmp_path / "test"
+    test.mkdir()
+    shutil.copy(ct_data.data_path(cfg, "store", "test"), test / "test.h5")
+    rows = files.read_csv(ct_data.data_path(cfg, "labels", "test"))
+    files.write_csv(test / "test_labels.csv", rows, ["VolumeName", *reversed([*rows[0]][1:])])
+    with pytest.raises(ValueError, match=r"must have the findings of .* they differ in their order"):
+        run.evaluate(str(folder), (f"data.test={test}",), lambda line: None)
+
+
+def test_a_list_that_leaves_no_volume_is_refused(trained, tmp_path):
+    cfg, folder = trained
+    names = [r["VolumeName"] for r in files.read_csv(ct_data.data_path(cfg, "labels", "valid"))]
+    (tmp_path / "all.txt").write_text("\n".join(names))
+    with pytest.raises(ValueError, match=r"all.txt leaves no volume of the valid split"):
+        run.evaluate(str(folder), (f"evaluate.exclude={tmp_path}/all.txt",), lambda line: None)
 
 
 def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
