@@ -133,18 +133,20 @@ def cached_value_and_grad(
 
         # 2. The loss of the whole batch, and its gradient by parameters and embeddings.
         value, aux, grads = contrast_grad({"params": params, "rows": rows}, None)
+        row_grads = grads["rows"]
         if local:
-            parts = flatten({"value": value, **grads})
-            means = _sum_over_processes(list(parts.values()), processes.world_size())
-            grads = unflatten(dict(zip(parts, means, strict=True)))
-            value = grads["value"]
+            parts = [value, *row_grads.values()]
+            value, *means = _sum_over_processes(parts, processes.world_size())
+            row_grads = dict(zip(row_grads, means, strict=True))
 
-        # 3. Pull the embeddings' gradient through each chunk of this process.
-        total = {name: torch.zeros_like(leaf) for name, leaf in flatten(params).items()}
+        # 3. Pull the embeddings' gradient through each chunk of this process. What the loss itself does with
+        # parameters all processes have, or each a part of it: the sum over them is to be the mean.
+        direct = flatten(grads["params"])
+        total = {name: grad / processes.world_size() for name, grad in direct.items()}
         own_rows = processes.own_rows(n * processes.world_size())
         for span in spans:
-            row_grads = {name: grad[own_rows][span] for name, grad in grads["rows"].items()}
-            _, _, chunk_grads = chunk_grad(params, (_take_rows(batch, span), row_grads))
+            of_chunk = {name: grad[own_rows][span] for name, grad in row_grads.items()}
+            _, _, chunk_grads = chunk_grad(params, (_take_rows(batch, span), of_chunk))
             for name, grad in flatten(chunk_grads).items():
                 total[name] += grad
         if processes.world_size() > 1:
@@ -152,9 +154,7 @@ def cached_value_and_grad(
             for grad in total.values():
                 if not shards.is_shard(grad):
                     dist.all_reduce(grad)
-        # What the loss itself does with parameters is the same in all processes: added once, after the sum.
-        direct = flatten(grads["params"])
-        return value, aux, unflatten({name: total[name] + grad for name, grad in direct.items()})
+        return value, aux, unflatten(total)
 
     return run
 
