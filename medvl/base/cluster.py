@@ -8,7 +8,14 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
-_DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # the parent answers Ctrl-C
+# Of each process of `local:N`: the parent answers Ctrl-C, and N processes share the GPUs as those of torchrun do.
+_PRELOAD = """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def dask_setup(worker):
+    os.environ["LOCAL_RANK"] = str(worker.name)
+"""
 
 
 @contextmanager
@@ -44,7 +51,7 @@ def open_cluster(address: str, timeout_s: float = 10) -> Iterator[Any]:
                     threads_per_worker=1,
                     memory_limit=None,
                     silence_logs=logging.CRITICAL,
-                    preload=[_DEAF],
+                    preload=[_PRELOAD],
                     # Without the page of Dask, whose port several runs would want.
                     dashboard_address="127.0.0.1:0",
                     scheduler_kwargs={"dashboard": False},

@@ -40,6 +40,9 @@ def test_a_lost_worker_costs_nothing_and_an_item_that_kills_them_only_itself(tmp
             list(map_on_cluster(client, square, [1, -1], lost=None))
         workers = client.run(os.getpid).values()
         assert client.run(signal.getsignal, signal.SIGINT).popitem()[1] == signal.SIG_IGN
+        # Which GPU `choose_device` takes: each process another, those that took the place of lost ones, too.
+        client.wait_for_workers(2, timeout=60)
+        assert sorted(client.run(os.getenv, "LOCAL_RANK").values()) == ["0", "1"]
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
