@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from attrs import field, frozen
 
 from medvl.evaluation import metrics
@@ -37,8 +36,9 @@ class Calibration:
 
     def apply(self, of_finding: Mapping[str, float]) -> dict[str, float]:
         """{finding: a probability or a threshold of it}, calibrated."""
-        values = calibrate(self, [[*of_finding.values()]], [*of_finding])[0].tolist() if of_finding else []
-        return dict(zip(of_finding, values, strict=True))
+        row = [*of_finding.values()]
+        calibrated = calibrate(self, [row], [*of_finding])[0].tolist()
+        return dict(zip(of_finding, calibrated, strict=True))
 
 
 def fit_calibration(kind: Kind, scores: Any, labels: Any, findings: Sequence[str]) -> Calibration:
@@ -72,6 +72,7 @@ def fit_line(scores: Array, labels: Array, with_bias: bool = True) -> tuple[floa
         findings that the scores separate from certainty; without a bias Guo et al. 2017, arXiv:1706.04599.
     """
     from scipy.optimize import minimize  # here: half a second to import
+    from scipy.special import expit, logit
 
     positives, n = int(labels.sum()), len(labels)
     if positives in (0, n):
@@ -80,12 +81,13 @@ def fit_line(scores: Array, labels: Array, with_bias: bool = True) -> tuple[floa
         )
     target = np.where(labels, (positives + 1) / (positives + 2), 1 / (n - positives + 2))
     # Scores that were rounded to 0 or 1 have infinite logits.
-    x = torch.logit(torch.from_numpy(scores).double()).clamp(-750, 40).numpy()
+    x = logit(scores.astype(float)).clip(-750, 40)
 
     def loss(line: Array) -> tuple[float, Array]:
         z = line[0] * x + line[1]
-        error = torch.sigmoid(torch.from_numpy(z)).numpy() - target
-        return float((np.logaddexp(0, z) - target * z).mean()), np.array([(error * x).mean(), error.mean()])
+        error = expit(z) - target
+        gradient = np.array([(error * x).mean(), error.mean()])
+        return float((np.logaddexp(0, z) - target * z).mean()), gradient
 
     # At a scale of 0 all scores would be one, and near it the ranking would be lost to rounding.
     bounds = [(0.01, 1000), (None, None) if with_bias else (0, 0)]
@@ -96,12 +98,14 @@ def fit_line(scores: Array, labels: Array, with_bias: bool = True) -> tuple[floa
 
 def calibrate(calibration: Calibration, scores: Any, findings: Sequence[str]) -> Array:
     """Scores [n, c] calibrated, float64; in the same order as before within each finding."""
-    calibrated = torch.tensor(np.asarray(scores, np.float64))
+    from scipy.special import expit, logit
+
+    calibrated = np.array(scores, np.float64)
     for j, finding in enumerate(findings):
         if finding in calibration.lines:
             scale, bias = calibration.lines[finding]
-            calibrated[:, j] = torch.sigmoid(scale * torch.logit(calibrated[:, j]) + bias)
-    return calibrated.numpy()
+            calibrated[:, j] = expit(scale * logit(calibrated[:, j]) + bias)
+    return calibrated
 
 
 def errors(scores: Any, labels: Any, weights: Any = None) -> dict[str, Array]:

@@ -42,13 +42,14 @@ def compute_features(cfg: Config, cluster: str = "") -> list[Store]:
         ValueError: the first stage trains another encoder than the starting one; as `cached_features`.
     """
     model, params = _starting_encoder(cfg)
-    stage, names = cfg.train.stages[0], [*flatten(params), *(["vit.whiten"] if cfg.vit.whiten else [])]
-    for name in names:
-        if name == "vit.whiten" or any(re.fullmatch(pattern, name) for pattern in stage.train):
-            raise ValueError(
-                f"features: stage {stage.name} must leave the slice encoder as it is, and {name} changes it; "
-                "only features of a frozen encoder can be computed ahead of training"
-            )
+    stage = cfg.train.stages[0]
+    changes = ["vit.whiten"] if cfg.vit.whiten else []
+    changes += [name for name in flatten(params) if any(re.fullmatch(p, name) for p in stage.train)]
+    if changes:
+        raise ValueError(
+            f"features: stage {stage.name} must leave the slice encoder as it is, and {changes[0]} changes it; "
+            "only features of a frozen encoder can be computed ahead of training"
+        )
     prepare_data(cfg)
     volumes = [open_volumes(cfg, split) for split in ("train", "valid")]
     with open_cluster(cluster) if cluster else nullcontext() as client:
