@@ -37,7 +37,7 @@ _TAGS = [
     *("SOPClassUID", "ImageType", "Modality", "PatientID", "SeriesInstanceUID", "NumberOfFrames"),
     *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
@@ -47,8 +47,11 @@ _CT = "1.2.840.10008.5.1.4.1.1.2"  # CT Image Storage; its enhanced kinds have o
 _PIXELS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # the tag of PixelData in both byte orders
 _MOST_PIXELS = 2**24  # of a slice
 _MOST_INFLATED = 2**34  # bytes in a ZIP; the longest CTs have 2 GB
+_UNITS = ("HU", "HU_MOD", "US", "")  # RescaleType of what may be HU; "US" is unspecified (PS3.3, C.11.1.1.2)
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _DAMAGED: Any = (*BROKEN, zipfile.BadZipFile, zlib.error)
 _SAME = 1e-3  # between mm of PixelSpacing, or components of unit vectors
+_ORTHOGONAL = 0.01  # what printed cosines may lack of length 1 and right angles
 _SAME_MM = 0.01  # closer slices lie at one place; positions are rounded to about this
 _UNEVEN = 0.02  # of the distance of slices
 _BESIDE_MM = 0.5  # how far a slice may lie beside the line through all of them
@@ -73,6 +76,7 @@ class _Slice:
     spacing: np.ndarray  # [2] between rows, between columns
     axes: np.ndarray  # [6] along a row, down a column
     position: np.ndarray  # [3] of the first pixel
+    unit: str  # RescaleType
     scale: tuple[float, float] | None  # slope, intercept
 
     @property
@@ -227,6 +231,10 @@ def _check_members(where: str, members: Sequence[zipfile.ZipInfo]) -> list[zipfi
             raise ScanError(
                 f"{where}: must hold plain files, found a link or an encrypted file; pack it again"
             )
+        if member.compress_type not in _PACKED:
+            raise ScanError(f"{where}: is compressed in a way that is not read (Deflate64?); pack it again")
+    if len({member.filename for member in members}) < len(members):
+        raise ScanError(f"{where}: must name each file once; pack it again")
     total = sum(member.file_size for member in members)
     if total > _MOST_INFLATED:
         raise ScanError(
@@ -294,6 +302,7 @@ def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
                 spacing=_floats(get("PixelSpacing")),
                 axes=_floats(get("ImageOrientationPatient")),
                 position=_floats(get("ImagePositionPatient")),
+                unit=str(get("RescaleType") or ""),
                 scale=None if None in (slope, intercept) else (float(slope), float(intercept)),
             )
         )
@@ -379,13 +388,7 @@ def _choose(where: str, slices: list[_Slice], series: str) -> list[_Slice]:
 def _in_order(where: str, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
     """Slices in the order of their positions along their normal, and their affine [4, 4] in RAS+ mm."""
     for s in slices:
-        if (s.spacing.size, s.axes.size, s.position.size) != (2, 6, 3) or s.spacing.min() <= 0:
-            raise ScanError(
-                f"{s.where}: must have PixelSpacing, ImageOrientationPatient and ImagePositionPatient, which "
-                "say where it lies"
-            )
-        if not s.grey or min(s.shape) < 2 or math.prod(s.shape) > _MOST_PIXELS:
-            raise ScanError(f"{s.where}: must have 2 x 2 to {_MOST_PIXELS} grey pixels, has {s.shape}")
+        _check_slice(s)
     for what, noun in (("shape", "size"), ("spacing", "PixelSpacing"), ("axes", "orientation")):
         values = np.array([getattr(s, what) for s in slices], float)
         usual = np.median(values, 0)
@@ -395,6 +398,13 @@ def _in_order(where: str, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarra
                 f"{where}: all slices must have one {noun}, {len(differing)} of {len(slices)} differ: "
                 f"{usual.tolist()} and {differing[0].tolist()}; give one scan"
             )
+    # Else some would be HU and others raw, in one volume.
+    num_scaled = sum(s.scale is not None for s in slices)
+    if 0 < num_scaled < len(slices):
+        raise ScanError(
+            f"{where}: all slices or none must have RescaleSlope and RescaleIntercept, {num_scaled} of "
+            f"{len(slices)} have them"
+        )
     slices = _without_copies(where, sorted(slices, key=lambda s: s.height))
     if len(slices) < 2:
         raise ScanError(f"{where}: must have at least two slices, found {len(slices)}")
@@ -413,6 +423,37 @@ def _in_order(where: str, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarra
     affine = np.eye(4)
     affine[:3] = np.stack([row * between_columns, column * between_rows, step, positions[0]], 1)
     return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine + 0.0  # no -0
+
+
+def _check_slice(s: _Slice) -> None:
+    """Raise where a slice does not say where it lies, or what its values are."""
+    if (s.spacing.size, s.axes.size, s.position.size) != (2, 6, 3) or s.spacing.min() <= 0:
+        raise ScanError(
+            f"{s.where}: must have PixelSpacing, ImageOrientationPatient and ImagePositionPatient, which "
+            "say where it lies"
+        )
+    if not s.grey or min(s.shape) < 2 or math.prod(s.shape) > _MOST_PIXELS:
+        raise ScanError(f"{s.where}: must have 2 x 2 to {_MOST_PIXELS} grey pixels, has {s.shape}")
+    row, column = s.axes[:3], s.axes[3:]
+    products = np.array([row @ row - 1, column @ column - 1, row @ column])
+    numbers = [*s.spacing, *s.axes, *s.position, *(s.scale or ())]
+    if not np.isfinite(numbers).all() or np.abs(products).max() > _ORTHOGONAL:
+        raise ScanError(
+            f"{s.where}: must have finite numbers, and two unit vectors at right angles in "
+            f"ImageOrientationPatient, found {s.axes.tolist()}"
+        )
+    if s.unit not in _UNITS or (s.scale and not s.scale[0]):
+        raise ScanError(
+            f"{s.where}: must have a scale to HU, found RescaleType {s.unit[:16]!r} and (RescaleSlope, "
+            f"RescaleIntercept) {s.scale}; send the series in HU"
+        )
+    # pydicom takes the lowest bits, whatever the header says.
+    stored = int(s.data.BitsStored)
+    if int(s.data.get("HighBit", stored - 1)) != stored - 1:
+        raise ScanError(
+            f"{s.where}: must store its values in the lowest bits, found HighBit {s.data.HighBit} with "
+            f"BitsStored {stored}; write it uncompressed with another program"
+        )
 
 
 def _without_copies(where: str, slices: list[_Slice]) -> list[_Slice]:
@@ -494,6 +535,8 @@ def _read_pixels(s: _Slice) -> Any:
     with s.open() as f:
         f.seek(s.start)
         image = filereader.read_dataset(f, implicit, little)
+    if "PixelData" not in image:
+        raise ValueError("the file ends early")
     image.update({element.tag: element for element in s.data if element.VR != "SQ"})
     image.file_meta = s.data.file_meta
     known = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian

@@ -207,14 +207,12 @@ def _scans_below(folder: Path) -> list[tuple[str, Path]]:
     found = []
     slices_of: dict[Path, list[Path]] = {}  # the files of each folder, and each ZIP
     for path in files.files_below(folder) if folder.is_dir() else [folder]:
+        is_zip = path.suffix.lower() == ".zip" and not path.name.startswith("._")  # of macOS
         if path.name.lower().endswith(scans.SUFFIXES):
             found.append((names.volume_name(path), path))
-        # By content, as series often have names without an ending.
-        elif dicom.is_series(path):
-            is_zip = dicom.is_zip(path)
-            # Office documents are ZIPs, too, and have other endings.
-            if is_zip == (path.suffix.lower() == ".zip"):
-                slices_of.setdefault(path if is_zip else path.parent, []).append(path)
+        # By content, as series often have names without an ending. Office documents are ZIPs, too.
+        elif is_zip or (dicom.is_series(path) and not dicom.is_zip(path)):
+            slices_of.setdefault(path if is_zip else path.parent, []).append(path)
     found += _name_series(folder, slices_of)
     if not found:
         raise ValueError(f"{folder}: holds no {', '.join(scans.SUFFIXES)} file and no series of DICOM")
@@ -233,8 +231,11 @@ def _name_series(folder: Path, slices_of: Mapping[Path, list[Path]]) -> list[tup
         try:
             uids = [*dicom.list_series(place if place.is_file() else paths)]
         except ScanError:
-            found.append((name, place))  # its own job says what is wrong, so that the others go on
-            continue
+            uids = []
+            paths = [place]
+        # Its own job says what is wrong, so that the others go on. A folder may hold nothing but reports.
+        if not uids and place in paths:
+            found.append((name, place))
         for uid in uids:
             digest = hashlib.sha256(uid.encode()).hexdigest()[:8]
             found.append((f"{name}_{digest}" if len(uids) > 1 else name, place / uid))

@@ -541,6 +541,31 @@ BROKEN = {  # what is done to a good series, and what is said of it
         r"holds only \d+ localisers in DICOM",
     ),
     "one slice": (lambda f: _removed(f, *range(len(list(f.iterdir())) - 1)), "at least two slices, found 1"),
+    "a slice without scale": (
+        lambda f: _one(f, RescaleSlope=None),
+        "all slices or none must have RescaleSlope and RescaleIntercept, .* of .* have them",
+    ),
+    "a scale of 0": (lambda f: _one(f, RescaleSlope=0), "must have a scale to HU, found .*0.0"),
+    "electron density": (
+        lambda f: _all(f, RescaleType="ED"),
+        "must have a scale to HU, found RescaleType 'ED'",
+    ),
+    "values in other bits": (
+        lambda f: _all(f, BitsStored=12, HighBit=15),
+        "must store its values in the lowest bits, found HighBit 15 with BitsStored 12",
+    ),
+    "no finite spacing": (
+        lambda f: _all(f, PixelSpacing=[float("nan"), 1.0]),
+        "must have finite numbers, and two unit vectors at right angles",
+    ),
+    "an orientation of other lengths": (
+        lambda f: _all(f, ImageOrientationPatient=[2, 0, 0, 0, 2, 0]),
+        "two unit vectors at right angles in ImageOrientationPatient, found",
+    ),
+    "an orientation without right angles": (
+        lambda f: _all(f, ImageOrientationPatient=[1, 0, 0, 0.6, 0.8, 0]),
+        "two unit vectors at right angles in ImageOrientationPatient, found",
+    ),
     "beside the line": (
         lambda f: _one(
             f, ImagePositionPatient=[9, 9, float(pydicom.dcmread(by_height(f)[5]).ImagePositionPatient[2])]
@@ -686,6 +711,26 @@ def test_an_archive_that_is_not_safe_is_refused(tmp_path, make, message):
     assert [p.name for p in tmp_path.iterdir()] == ["scan.zip"]
 
 
+def test_an_archive_that_cannot_be_read_whole_is_refused(tmp_path):
+    whole = zipped(series(tmp_path / "in"), tmp_path / "whole.zip").read_bytes()
+    path = tmp_path / "scan.zip"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ScanError, match=r"is a damaged ZIP"):
+        read_scan(path)
+    content = bytearray(whole)
+    at = content.index(b"PK\1\2") + 10
+    content[at : at + 2] = struct.pack("<H", 9)
+    path.write_bytes(content)
+    with pytest.raises(ScanError, match=r"compressed in a way that is not read \(Deflate64\?\)"):
+        read_scan(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("slice", b"")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("slice", b"")
+    with pytest.raises(ScanError, match=r"must name each file once"):
+        read_scan(path)
+
+
 def test_an_archive_of_50_gb_is_refused_by_what_it_declares(tmp_path, monkeypatch):
     path = zipped(series(tmp_path / "in"), tmp_path / "scan.zip")
     real = zipfile.ZipFile.infolist
@@ -751,6 +796,26 @@ def test_a_tree_of_series_becomes_a_store(tmp_path, caplog):
     edit(next((tree / "P1/scan").iterdir()), RescaleIntercept=-1000)
     with pytest.raises(ValueError, match=r"1 scans are not the files .* P1_scan"):
         run()
+
+
+def test_what_is_called_a_scan_is_rejected_and_not_passed_over(tmp_path):
+    tree = tmp_path / "tree"
+    path = zipped(series(tree / "good"), tree / "cut.zip")
+    path.write_bytes(path.read_bytes()[:2000])
+    (tree / "text.zip").write_text("text")
+    with zipfile.ZipFile(tree / "nifti.zip", "w") as archive:
+        archive.writestr("a.nii.gz", b"\x1f\x8b")
+    (tree / "bad").mkdir()
+    (tree / "bad/1.dcm").write_text("text")
+    # What other programs leave beside scans is none.
+    (tree / "._cut.zip").write_text("text")
+    (tree / "bad/._1.dcm").write_text("text")
+    (tree / "note.txt").write_text("text")
+    with zipfile.ZipFile(tree / "letter.docx", "w") as archive:
+        archive.writestr("a.xml", "text")
+    summary = preprocess_folder(tree, tmp_path / "s.h5", SMALL, progress=False)
+    assert summary.done == 1
+    assert {*summary.rejected} == {"cut", "text", "nifti", "bad"}
 
 
 def test_one_folder_and_one_zip_are_sources(tmp_path):
