@@ -87,13 +87,11 @@ def print_findings(
         f"{volume.name}: HU by {volume.hu_rule}, {volume.source_shape} voxels of {spacing_mm} mm, slices "
         f"{volume.occupied}"
     )
-    lines = scan_page.table(found)
-    # Without a page no slices were looked at.
-    columns = len(scan_page.COLUMNS) - (not page)
-    print(
-        results.markdown_table(scan_page.COLUMNS[:columns], [line[:columns] for line in lines])
-        + report.NOTICE
-    )
+    columns, lines = scan_page.COLUMNS, scan_page.table(found)
+    # Without a page no slices were looked at, of which the last column tells.
+    if not page:
+        columns, lines = columns[:-1], [line[:-1] for line in lines]
+    print(results.markdown_table(columns, lines) + report.NOTICE)
     if page:
         print(scan_page.write_page(found, page))
 

@@ -55,19 +55,14 @@ def look_at_scan(
     ct_clip, params = opened or load(folder)
     batch = encode_batch(ct_clip, params, batch_of_one(volume))
     embedding = place_batch(ct_clip, params, batch)
-    # Of the run's own evaluation; a run that was not evaluated has none.
     results = folder / "results"
-    thresholds_json = results / "thresholds.json"
-    thresholds = json.loads(thresholds_json.read_text()) if thresholds_json.exists() else {}
+    thresholds, fitted = _read_choices(results)
     # Not asked for any: those that the run was scored on, which thresholds.json lists.
     findings = tuple(findings) or tuple(thresholds) or ct_clip.cfg.evaluate.findings or reports.FINDINGS
     probabilities = finding_probabilities(ct_clip, params, embedding, findings)[0].tolist()
     probability = dict(zip(findings, probabilities, strict=True))
     # NaN is that of a finding of which the validation split had one class only.
     threshold = {f: thresholds[f] for f in findings if math.isfinite(thresholds.get(f, math.nan))}
-    fitted = calibration.Calibration()
-    if (results / "calibration.json").exists():
-        fitted = config.load_record(results / "calibration.json", calibration.Calibration)
     effects = {}
     if slices:
         average = _read_average(results / AVERAGE, volume, batch["slices"].shape[2])
@@ -85,6 +80,16 @@ def look_at_scan(
         "slice_mm": (batch["position_mm"][0] - batch["position_mm"][0, 0]).numpy(),
         "doubt": doubt,
     }
+
+
+def _read_choices(results: Path) -> tuple[dict[str, float], calibration.Calibration]:
+    """Thresholds and calibration of the run's own evaluation; none of a run that was not evaluated."""
+    thresholds, fitted = {}, calibration.Calibration()
+    if (results / "thresholds.json").exists():
+        thresholds = json.loads((results / "thresholds.json").read_text())
+    if (results / "calibration.json").exists():
+        fitted = config.load_record(results / "calibration.json", calibration.Calibration)
+    return thresholds, fitted
 
 
 def read_volume(

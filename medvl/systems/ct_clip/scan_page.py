@@ -20,13 +20,18 @@ _HU = (-1000, 600)
 def table(found: dict[str, Any]) -> list[list[Any]]:
     """A line for each finding of `look_at_scan`, see COLUMNS; the slice as its height above the lowest one."""
     lines = []
-    strongest = {f: round(float(found["slice_mm"][e.argmax()])) for f, e in found["slices"].items()}
-    for finding, p in found["calibrated"].items():
+    for finding, probability in found["calibrated"].items():
         # Thresholds were fitted on the validation split: findings in the user's own words have none.
-        threshold = found["calibrated_threshold"].get(finding, math.nan)
-        called = "" if math.isnan(threshold) else "yes" if p >= threshold else "no"
-        mm = strongest.get(finding, math.nan)
-        lines.append([finding, p, threshold, called, found["probability"][finding], mm])
+        threshold, called = math.nan, ""
+        if finding in found["calibrated_threshold"]:
+            threshold = found["calibrated_threshold"][finding]
+            called = "yes" if probability >= threshold else "no"
+        # Where slices were not asked for, none is the strongest.
+        mm = math.nan
+        if finding in found["slices"]:
+            strongest = found["slices"][finding].argmax()
+            mm = round(float(found["slice_mm"][strongest]))
+        lines.append([finding, probability, threshold, called, found["probability"][finding], mm])
     return lines
 
 
