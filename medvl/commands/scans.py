@@ -87,7 +87,7 @@ def print_findings(
         f"{volume.name}: HU by {volume.hu_rule}, {volume.source_shape} voxels of {spacing_mm} mm, slices "
         f"{volume.occupied}"
     )
-    columns, lines = scan_page.COLUMNS, scan_page.table(found)
+    columns, lines = [*scan_page.COLUMNS], scan_page.table(found)
     # Without a page no slices were looked at, of which the last column tells.
     if not page:
         columns, lines = columns[:-1], [line[:-1] for line in lines]
