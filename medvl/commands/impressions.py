@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from medvl.serve.interface import Engine, Piece, Refused, Request
 from medvl.serve.settings import ServeConfig
 
 _TRIES, _BACKOFF_S = 6, 1.0  # of a request whose engine fails; the wait doubles
+_PASSING = (429, 500, 502, 503, 504)  # statuses of failures that may be over after a while
 
 
 def fill_impressions(
@@ -54,11 +54,10 @@ def fill_impressions(
     impressions.check_tables(table, rows, pool, for_training)
     prompts = impressions.make_prompts(rows, pool, shots, seed)
     row_of = {prompt: row for row, prompt in enumerate(prompts, 2) if prompt}
-    turns = [{"role": "user", "content": prompt} for prompt in row_of]
-    requests = [
-        Request(id=f"row {row}", messages=(turn,), max_tokens=max_tokens, seed=seed)
-        for row, turn in zip(row_of.values(), turns, strict=True)
-    ]
+    requests = []
+    for prompt, row in row_of.items():
+        turn = {"role": "user", "content": prompt}
+        requests.append(Request(id=f"row {row}", messages=(turn,), max_tokens=max_tokens, seed=seed))
     here = "" if engine else model
     cfg = ServeConfig(engine=engine, engine_model=model, model=here, rows=in_flight, queue=in_flight)
     decides = json.dumps([*row_of, model, max_tokens, seed]).encode()
@@ -121,25 +120,31 @@ def _ask_all(backend: Backend, requests: Sequence[Request], journal: Path) -> li
 
 async def _ask(engine: Engine, request: Request, gate: asyncio.Semaphore) -> progress.Line:
     """An answer. An engine that fails is asked again after a while; one that says nothing once, less greedily."""
+    num_failures = 0
     async with gate:
-        for attempt in itertools.count():
-            text, end = "", None
+        while True:
             try:
-                async for item in engine.stream(request):
-                    if isinstance(item, Piece):
-                        text += item.text
-                    else:
-                        end = item
+                answer = await _read_answer(engine, request)
             except Refused as e:
-                if e.status not in (429, 500, 502, 503, 504) or attempt + 1 >= _TRIES:
+                num_failures += 1
+                if e.status not in _PASSING or num_failures == _TRIES:
                     raise ValueError(
                         f"impressions: {request.id} of the table: {e}; the same command goes on from what was answered"
                     ) from None
-                await asyncio.sleep(max(e.retry_after, _BACKOFF_S * 2**attempt))
+                await asyncio.sleep(max(e.retry_after, _BACKOFF_S * 2 ** (num_failures - 1)))
                 continue
-            assert end is not None
-            is_cut = end.reason == "length"
-            if request.temperature or impressions.clean_answer(text, is_cut)[0]:
-                return {"text": text, "is_cut": is_cut, "model": end.model}
+            impression, _ = impressions.clean_answer(answer["text"], answer["is_cut"])
+            if impression or request.temperature:
+                return answer
             request = evolve(request, temperature=0.5)
-    raise AssertionError
+
+
+async def _read_answer(engine: Engine, request: Request) -> progress.Line:
+    text, end = "", None
+    async for item in engine.stream(request):
+        if isinstance(item, Piece):
+            text += item.text
+        else:
+            end = item
+    assert end is not None
+    return {"text": text, "is_cut": end.reason == "length", "model": end.model}

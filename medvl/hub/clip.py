@@ -44,9 +44,12 @@ def from_clip(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
         name = match[1]
         for old, new in _NAMES.items():
             name = name.replace(old, new)
-        # The original keeps the three projections in one tensor.
-        pieces = zip("qkv", tensor.chunk(3), strict=False) if ".in_proj_" in name else [("", tensor)]
-        weights |= {name.replace("in_proj_", f"{letter}_proj."): piece for letter, piece in pieces}
+        if ".in_proj_" not in name:
+            weights[name] = tensor
+            continue
+        # The original keeps the three projections in one tensor. A damaged one may give fewer: binding misses them.
+        for letter, piece in zip("qkv", tensor.chunk(3), strict=False):
+            weights[name.replace("in_proj_", f"{letter}_proj.")] = piece
     return weights
 
 
@@ -71,29 +74,45 @@ def clip_config(
     inner, width = weights[mlp].shape
     depth = sum(name.endswith("mlp.fc1.weight") for name in weights)
     own = settings.get(f"{tower}_cfg", {})
-    plain = dict.fromkeys(("act_kwargs", "norm_kwargs", "no_causal_mask"))  # what shapes do not tell
-    needed = {"layers": depth, "width": width} | plain
-    wrong = [name for name, found in needed.items() if (own.get(name) or found) != found]
-    if wrong:
-        raise ValueError(f"load: {path}: {SETTINGS} describes another {tower} tower, by {few(wrong)}")
+    _check_settings(own, depth, width, f"load: {path}: {SETTINGS} describes another {tower} tower")
     if not settings:
         advice = "quick_gelu is taken, as of OpenAI; most other CLIP have gelu"
         warnings.warn(f"load: {path} has no {SETTINGS} beside it: {advice}", stacklevel=4)
-    positions = len(weights[position])
-    rows, *_, patch = weights[embed].shape
-    # Left out, they are 8 in a text tower of open_clip, and 64 wide in OpenAI's.
-    heads = own.get("heads", 8 if own else width // 64)
-    if tower == "vision":
-        heads = width // own.get("head_width", 64)
     config = {
         "model_type": f"clip_{tower}_model",
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": depth,
-        "num_attention_heads": heads,
         "hidden_act": "quick_gelu" if settings.get("quick_gelu", not settings) else "gelu",
     }
-    # CLIP pools by the end token, the last of the vocabulary.
-    text = {"vocab_size": rows, "max_position_embeddings": positions, "eos_token_id": rows - 1}
-    vision = {"patch_size": patch, "image_size": patch * round((positions - 1) ** 0.5)}
-    return config | (text if tower == "text" else vision)
+    rows, *_, patch = weights[embed].shape
+    positions = len(weights[position])
+    if tower == "text":
+        return config | {
+            # Left out, they are 8 in open_clip, and 64 wide in OpenAI's.
+            "num_attention_heads": own.get("heads", 8 if own else width // 64),
+            "vocab_size": rows,
+            "max_position_embeddings": positions,
+            # CLIP pools by the end token, the last of the vocabulary.
+            "eos_token_id": rows - 1,
+        }
+    return config | {
+        "num_attention_heads": width // own.get("head_width", 64),
+        "patch_size": patch,
+        # One position is the class token's.
+        "image_size": patch * round((positions - 1) ** 0.5),
+    }
+
+
+def _check_settings(own: Mapping[str, Any], depth: int, width: int, message: str) -> None:
+    """Raise where the settings of a tower are not those of its shapes, or ask for what is not read."""
+    expected = {
+        "layers": depth,
+        "width": width,
+        "act_kwargs": None,
+        "norm_kwargs": None,
+        "no_causal_mask": None,
+    }
+    wrong = [name for name, value in expected.items() if (own.get(name) or value) != value]
+    if wrong:
+        raise ValueError(f"{message}, by {few(wrong)}")
