@@ -88,7 +88,9 @@ class _Slice:
 def split(path: PathLike) -> tuple[Path, str]:
     """A path, and the series that its last part names where no file is called so: `folder/1.2.840...`."""
     path = Path(path)
-    if not path.exists() and path.parent.exists() and re.fullmatch(rf"\d[\d.]+|{NO_UID}", path.name):
+    # A UID has two numbers or more: a folder called by a year alone is not taken for one where it is missing.
+    is_uid = re.fullmatch(rf"\d+(\.\d+)+|{NO_UID}", path.name)
+    if is_uid and not path.exists() and path.parent.exists():
         return path.parent, path.name
     return path, ""
 

@@ -175,7 +175,10 @@ def find_scans(source: PathLike) -> dict[str, Path]:
 def list_scans(source: PathLike) -> list[tuple[str, Path]]:
     """(volume name, path) of the scans in a folder, a CSV or one scan, sorted by path; names may be shared."""
     source = Path(source)
-    if source.is_dir() or dicom.is_series(source):
+    place, series = dicom.split(source)
+    if series:
+        found = [(names.volume_name(place), source)]
+    elif source.is_dir() or dicom.is_series(source):
         found = _scans_below(source)
     elif source.name.lower().endswith(scans.SUFFIXES):
         found = [(names.volume_name(source), source)]

@@ -864,3 +864,17 @@ def test_a_series_that_comes_to_a_folder_leaves_the_others_as_they_are(tmp_path)
     edit(next(folder.glob("2*")), RescaleIntercept=-1000)
     with pytest.raises(ValueError, match="1 scans are not the files"):
         run()
+
+
+def test_a_path_that_ends_in_a_series_is_that_series_alone(tmp_path):
+    folder = series(tmp_path / "P1")
+    for path in series(tmp_path / "in", drawn(1), SeriesInstanceUID="1.2.4").iterdir():
+        shutil.copy(path, folder / f"b{path.name}")
+    archive = zipped(folder, tmp_path / "P2.zip")
+    assert find_scans(folder / "1.2.4") == {"P1": folder / "1.2.4"}
+    assert find_scans(archive / "1.2.4") == {"P2": archive / "1.2.4"}
+    assert preprocess_folder(folder / "1.2.4", tmp_path / "s.h5", SMALL, progress=False).done == 1
+    np.testing.assert_array_equal(read_scan(folder / "1.2.4").voxels, drawn(1))
+    # A folder that is not there is none.
+    with pytest.raises(ValueError, match="2021"):
+        find_scans(folder / "2021")
