@@ -17,6 +17,8 @@ SOURCE = "Impression_source"  # "original", "generated", or "" where there is no
 _MARK = r"(?:[-*•]|\d{1,2}[.)])"  # of a list
 # (what models write around an impression, what stands there instead), applied in this order.
 _RULES = (
+    (r"\A.*</think(?:ing)?>", ""),  # models that reason; the template may have begun it for them
+    (r"\A\s*<think(?:ing)?>.*", ""),  # it was cut before its answer
     (r"\n\s*(?:Example \d+:|Findings:).*", ""),  # it goes on with examples of its own
     (r"\*\*|__", ""),
     (r"\A[^\n:]{0,100}\b(?:here(?:'s|’s| is| are)\b[^\n:]{0,100}|(?:as follows|following))\s*:\s*", ""),

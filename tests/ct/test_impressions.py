@@ -99,6 +99,8 @@ def test_a_table_whose_labels_are_evaluated_is_refused_unless_it_is_for_training
         ("- Emphysema.\n- **Nodule** (5 mm)\n- Effusion", "Emphysema. Nodule (5 mm). Effusion"),
         ("Final impression: Cardiomegaly.", "Cardiomegaly."),
         ("Emphysema.\n\nExample 9:\nFindings: Clear.\nImpression: Normal.", "Emphysema."),
+        ("<think>\nThe lungs: clear?\n</think>\n\n**Impression:** Emphysema.", "Emphysema."),
+        ("The findings say\n1. Emphysema.\n</think>\nEmphysema.", "Emphysema."),
         ("There is a nodule: 1.5 cm.", "There is a nodule: 1.5 cm."),  # no preamble
         ("-5 HU in the cyst; lobes: clear.", "-5 HU in the cyst; lobes: clear."),
         ("None.", ""),
@@ -120,6 +122,7 @@ def test_an_answer_becomes_one_line_without_what_models_write_around_it(answer, 
         ("Emphysema. A nodule of 1.", "Emphysema."),
         ("1. Emphysema\n2. Nodule\n3. Effu", "Emphysema. Nodule"),
         ("Emphysema and", ""),
+        ("<think>The lungs. They are clear. I", ""),
     ],
 )
 def test_a_cut_answer_keeps_its_whole_sentences(answer, impression):
