@@ -155,7 +155,7 @@ def test_one_scan_is_what_the_split_says(trained):
     )
     assert found["embedding"].shape == (8,)
     assert abs(found["embedding"].norm() - 1) < 1e-5
-    other = look.look_at_scan(folder, scan, ["Pneumothorax"])
+    other = look.look_at_scan(folder, scan, ["Pneumothorax", "Pneumothorax"])
     assert list(other["probability"]) == ["Pneumothorax"]
     assert other["threshold"] == {}
 
