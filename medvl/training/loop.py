@@ -154,8 +154,9 @@ def train_steps(
     state = evolve(state, steps=steps)
     journal: Callable[[dict[str, Any]], None] = lambda line: None
     if last is not None:
-        # Lines past the step of the state that was read are dropped.
-        journal = open_journal(last.with_name("metrics.jsonl"), state.step, tensorboard)
+        # Lines past the step of the state that was read are dropped. A run that has ended adds no file of events.
+        with_events = tensorboard and state.step < steps
+        journal = open_journal(last.with_name("metrics.jsonl"), state.step, with_events)
     start = state.step
     watched: Tensor | None = None
     with (

@@ -916,6 +916,9 @@ def test_tensorboard_shows_each_step_once(tmp_path, stop):
         shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
         assert shown == [(line["step"], line[name]) for line in lines if name in line]
     assert [line["step"] for line in lines] == [*range(1, 17)]
+    before = sorted(tmp_path.iterdir())
+    _patient(tmp_path, tensorboard=True)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_tensorboard_is_missed_before_anything_is_trained(monkeypatch):

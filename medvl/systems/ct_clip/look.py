@@ -58,7 +58,12 @@ def look_at_scan(
     results = folder / "results"
     thresholds, fitted = _read_choices(results)
     # Not asked for any: those that the run was scored on, which thresholds.json lists.
-    findings = tuple(dict.fromkeys(findings)) or tuple(thresholds) or ct_clip.cfg.evaluate.findings or reports.FINDINGS
+    findings = (
+        tuple(dict.fromkeys(findings))
+        or tuple(thresholds)
+        or ct_clip.cfg.evaluate.findings
+        or reports.FINDINGS
+    )
     probabilities = finding_probabilities(ct_clip, params, embedding, findings)[0].tolist()
     probability = dict(zip(findings, probabilities, strict=True))
     # NaN is that of a finding of which the validation split had one class only.
