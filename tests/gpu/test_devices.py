@@ -43,7 +43,7 @@ PLANTED = [
     ("components.losses.clip_loss", ", device=image.device", "", "ct_clip gradient by chunks"),
     (
         "components.losses.siglip_loss",
-        "device=logits.device, ",
+        ", device=logits.device",
         "",
         "ct_clip gradient, siglip, standardise, max pool",
     ),
