@@ -225,6 +225,7 @@ def _scans_below(folder: Path) -> list[tuple[str, Path]]:
 def _name_series(folder: Path, slices_of: Mapping[Path, list[Path]]) -> list[tuple[str, Path]]:
     """(volume name, path) of each series in these folders and ZIPs below `folder`, see `find_scans`."""
     found = []
+    places_of_uid: dict[str, list[Path]] = {}
     num_places = Counter(names.volume_name(place) for place in slices_of)
     for place, paths in track(slices_of.items(), "looking for series"):
         name = names.volume_name(place)
@@ -242,6 +243,14 @@ def _name_series(folder: Path, slices_of: Mapping[Path, list[Path]]) -> list[tup
         for uid in uids:
             digest = hashlib.sha256(uid.encode()).hexdigest()[:8]
             found.append((f"{name}_{digest}" if len(uids) > 1 else name, place / uid))
+            places_of_uid.setdefault(uid, []).append(place)
+    shared = [places for uid, places in places_of_uid.items() if len(places) > 1 and uid != dicom.NO_UID]
+    if shared:
+        log.warning(
+            "%s: %d series lie in several folders or ZIPs, e.g. %s and %s, and each of these becomes a scan: bring "
+            "the parts of a series together, and remove copies",
+            *(folder, len(shared), *shared[0][:2]),
+        )
     return found
 
 

@@ -818,6 +818,18 @@ def test_what_is_called_a_scan_is_rejected_and_not_passed_over(tmp_path):
     assert {*summary.rejected} == {"cut", "text", "nifti", "bad"}
 
 
+def test_a_series_in_several_folders_is_told(tmp_path, caplog):
+    series(tmp_path / "tree/whole", SeriesInstanceUID="1.2.4")
+    parts = [tmp_path / "tree" / name for name in ("part1", "part2")]
+    for part, path in zip(parts, by_height(series(tmp_path / "in"))[::6], strict=True):
+        part.mkdir()
+        shutil.copy(path, part)
+    assert find_scans(tmp_path / "tree").keys() == {"whole", "part1", "part2"}
+    (message,) = caplog.messages
+    assert "1 series lie in several folders or ZIPs, e.g. " in message
+    assert all(str(part) in message for part in parts)
+
+
 def test_one_folder_and_one_zip_are_sources(tmp_path):
     folder = series(tmp_path / "in")
     assert find_scans(folder) == {"in": folder / "1.2.3"}
