@@ -235,11 +235,13 @@ def _name_series(folder: Path, slices_of: Mapping[Path, list[Path]]) -> list[tup
         try:
             uids = [*dicom.list_series(place if place.is_file() else paths)]
         except ScanError:
-            uids = []
-            paths = [place]
-        # Its own job says what is wrong, so that the others go on. A folder may hold nothing but reports.
-        if not uids and place in paths:
-            found.append((name, place))
+            # A path without a UID is that of the place. Its own job says what is wrong, so that the others go on.
+            uids = [""]
+        # A folder may hold nothing but reports; of a ZIP it is told. A series whose UID is no number, as some programs
+        # that remove names write it, is found as the only one of its place.
+        is_odd = any(dicom.split(place / uid)[1] != uid for uid in uids)
+        if is_odd or (not uids and place.is_file()):
+            uids = [""]
         for uid in uids:
             digest = hashlib.sha256(uid.encode()).hexdigest()[:8]
             found.append((f"{name}_{digest}" if len(uids) > 1 else name, place / uid))

@@ -182,10 +182,19 @@ def straighten(header: Header, slices: Iterator[np.ndarray]) -> tuple[Header, It
         from scipy.ndimage import affine_transform
 
         for i, plane in enumerate(slices):
-            low, offset = float(plane.min()), start - i * shift
-            kept = {"order": 1, "mode": "grid-constant", "cval": low, "output": np.float64}
-            values = affine_transform(plane, np.ones(2), offset, (columns, rows), **kept)
-            yield (values.round() if plane.dtype.kind in "iu" else values).astype(plane.dtype)
+            values = affine_transform(
+                plane,
+                np.ones(2),
+                start - i * shift,
+                (columns, rows),
+                output=np.float64,
+                order=1,
+                mode="grid-constant",
+                cval=float(plane.min()),
+            )
+            if plane.dtype.kind in "iu":
+                values = values.round()
+            yield values.astype(plane.dtype)
 
     return header, moved()
 

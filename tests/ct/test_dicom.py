@@ -890,3 +890,13 @@ def test_a_path_that_ends_in_a_series_is_that_series_alone(tmp_path):
     # A folder that is not there is none.
     with pytest.raises(ValueError, match="2021"):
         find_scans(folder / "2021")
+
+
+def test_a_series_whose_uid_is_no_number_is_the_only_one_of_its_folder(tmp_path):
+    tree = tmp_path / "tree"
+    series(tree / "P1", SeriesInstanceUID="5f3a-anon")
+    series(tree / "P2", SeriesInstanceUID="5f3b-anon")
+    edit(by_height(tree / "P2")[0], SeriesInstanceUID="5f3c-anon")
+    summary = preprocess_folder(tree, tmp_path / "s.h5", SMALL, progress=False)
+    assert summary.done == 1
+    assert "holds 2 series" in summary.rejected["P2"]
