@@ -247,28 +247,38 @@ def _check_members(where: str, members: Sequence[zipfile.ZipInfo]) -> list[zipfi
 
 
 def _read_headers(openers: Mapping[str, Callable[[], Any]]) -> list[_Slice]:
-    """Every slice of these files, in their order."""
+    """Every slice of these files, in their order; blank files are passed over and told."""
     slices = []
+    blank: list[str] = []
     with no_warnings():
         for name, opener in openers.items():
             try:
-                slices += _read_header(name, opener)
+                slices += _read_header(name, opener, blank)
             except ScanError:
                 raise
             except _DAMAGED as e:
                 # Without the error of pydicom, which quotes what it cannot read of the patient.
                 reason = getattr(e, "strerror", None) or "damaged, or no plain file; copy it again"
                 raise ScanError(f"{name}: cannot be read ({reason})") from None
+    # Without the first or the last slice a series looks whole.
+    if slices and blank:
+        _log.warning(
+            "%s: is empty or blank, as are %d more; if they are slices, copy them again",
+            *(blank[0], len(blank) - 1),
+        )
     return slices
 
 
-def _read_header(name: str, opener: Callable[[], Any]) -> list[_Slice]:
-    """The slices of a file; none where it holds no DICOM, or no picture."""
+def _read_header(name: str, opener: Callable[[], Any], blank: list[str]) -> list[_Slice]:
+    """The slices of a file; none where it holds no DICOM, or no picture. A blank file is added to `blank`."""
     with opener() as f:
-        if not _begins_as_dicom(f.read(132)):
+        head = f.read(132)
+        if not _begins_as_dicom(head):
             # A damaged slice must not be taken for a file that happens to lie there.
             if _is_named_dicom(name.rpartition("/")[2]):
                 raise ScanError(f"{name}: is not DICOM, or damaged; copy it again")
+            if not head.strip(b"\0"):
+                blank.append(name)
             return []
         data = _parse_header(name, f)
         start, tag = f.tell(), f.read(4)

@@ -354,6 +354,16 @@ def test_localisers_reformats_and_copies_are_set_aside_and_told(tmp_path, caplog
     assert "1 copies of slices" in caplog.text
 
 
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_blank_slice_at_the_end_is_told(tmp_path, caplog, size):
+    path = by_height(series(tmp_path / "in"))[-1]
+    path.write_bytes(bytes(size))
+    assert read_scan(tmp_path / "in").header.shape[2] == drawn().shape[2] - 1
+    assert caplog.messages == [
+        f"{path}: is empty or blank, as are 0 more; if they are slices, copy them again"
+    ]
+
+
 def test_one_of_several_series_is_chosen(tmp_path):
     series(tmp_path / "in/a")
     series(tmp_path / "in/b", drawn(1), SeriesInstanceUID="1.2.4")
