@@ -246,7 +246,10 @@ def _name_series(folder: Path, slices_of: Mapping[Path, list[Path]]) -> list[tup
             digest = hashlib.sha256(uid.encode()).hexdigest()[:8]
             found.append((f"{name}_{digest}" if len(uids) > 1 else name, place / uid))
             places_of_uid.setdefault(uid, []).append(place)
-    shared = [places for uid, places in places_of_uid.items() if len(places) > 1 and uid != dicom.NO_UID]
+    # Places of images without a UID, or that could not be listed, have nothing in common.
+    for uid in ("", dicom.NO_UID):
+        places_of_uid.pop(uid, None)
+    shared = [places for places in places_of_uid.values() if len(places) > 1]
     if shared:
         log.warning(
             "%s: %d series lie in several folders or ZIPs, e.g. %s and %s, and each of these becomes a scan: bring "

@@ -902,7 +902,7 @@ def test_a_path_that_ends_in_a_series_is_that_series_alone(tmp_path):
         find_scans(folder / "2021")
 
 
-def test_a_series_whose_uid_is_no_number_is_the_only_one_of_its_folder(tmp_path):
+def test_a_series_whose_uid_is_no_number_is_the_only_one_of_its_folder(tmp_path, caplog):
     tree = tmp_path / "tree"
     series(tree / "P1", SeriesInstanceUID="5f3a-anon")
     series(tree / "P2", SeriesInstanceUID="5f3b-anon")
@@ -910,3 +910,4 @@ def test_a_series_whose_uid_is_no_number_is_the_only_one_of_its_folder(tmp_path)
     summary = preprocess_folder(tree, tmp_path / "s.h5", SMALL, progress=False)
     assert summary.done == 1
     assert "holds 2 series" in summary.rejected["P2"]
+    assert "several folders" not in caplog.text
