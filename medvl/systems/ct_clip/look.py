@@ -17,6 +17,7 @@ from medvl.base.tree import Tree
 from medvl.ct import chest, dicom, metadata_table, names, preprocess, reports
 from medvl.ct.preprocess import CtConfig, Volume
 from medvl.evaluation import calibration
+from medvl.hub import tokens
 from medvl.systems.ct_clip.common_space import finding_probabilities, place_batch
 from medvl.systems.ct_clip.model import Model
 from medvl.systems.ct_clip.record import Config
@@ -58,12 +59,9 @@ def look_at_scan(
     results = folder / "results"
     thresholds, fitted = _read_choices(results)
     # Not asked for any: those that the run was scored on, which thresholds.json lists.
-    findings = (
-        tuple(dict.fromkeys(findings))
-        or tuple(thresholds)
-        or ct_clip.cfg.evaluate.findings
-        or reports.FINDINGS
-    )
+    own_words = tuple(dict.fromkeys(findings))
+    _check_length(ct_clip, own_words)
+    findings = own_words or tuple(thresholds) or ct_clip.cfg.evaluate.findings or reports.FINDINGS
     probabilities = finding_probabilities(ct_clip, params, embedding, findings)[0].tolist()
     probability = dict(zip(findings, probabilities, strict=True))
     # NaN is that of a finding of which the validation split had one class only.
@@ -85,6 +83,18 @@ def look_at_scan(
         "slice_mm": (batch["position_mm"][0] - batch["position_mm"][0, 0]).numpy(),
         "doubt": doubt,
     }
+
+
+def _check_length(ct_clip: Model, findings: Sequence[str]) -> None:
+    """Raise where a finding is so long that its prompts are cut off, and with them what denies it."""
+    context = ct_clip.cfg.words.tower.context
+    for finding in findings:
+        present, absent = reports.prompts_for(finding, ct_clip.cfg.evaluate.prompts)
+        if tokens.truncated(ct_clip.tokenizer, present + absent, context):
+            raise ValueError(
+                f"one scan: a finding with its prompts must have {context} tokens at most, the text length of the "
+                f"run; {finding[:40]!r}... has more: say it in fewer words"
+            )
 
 
 def _read_choices(results: Path) -> tuple[dict[str, float], calibration.Calibration]:

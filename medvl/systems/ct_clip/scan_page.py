@@ -25,7 +25,9 @@ def table(found: dict[str, Any]) -> list[list[Any]]:
         threshold, called = math.nan, ""
         if finding in found["calibrated_threshold"]:
             threshold = found["calibrated_threshold"][finding]
-            called = "yes" if probability >= threshold else "no"
+            # As the test split was decided: calibrated, two different scores may round to one.
+            is_called = found["probability"][finding] >= found["threshold"][finding]
+            called = "yes" if is_called else "no"
         # Where slices were not asked for, none is the strongest.
         mm = math.nan
         if finding in found["slices"]:
@@ -40,10 +42,11 @@ def write_page(found: dict[str, Any], folder: files.PathLike) -> Path:
     all or nothing; returns the path of the HTML. The scan is not named.
     """
     volume, lines = found["volume"], table(found)
-    # Findings that are called, the surest first; the most probable ones where none is.
-    ranked = sorted(lines, key=lambda line: (line[3] != "yes", -line[1]))
-    called = [line for line in ranked if line[3] == "yes"]
-    drawn = [line[0] for line in (called or ranked[:_PICTURES])[:_DRAWN]]
+    # Findings that are called or were asked for in own words, which have no threshold, the surest first; the most
+    # probable ones where there are none.
+    ranked = sorted(lines, key=lambda line: (line[3] == "no", -line[1]))
+    chosen = [line for line in ranked if line[3] != "no"]
+    drawn = [line[0] for line in (chosen or ranked[:_PICTURES])[:_DRAWN]]
     profiles = {}
     for finding in drawn:
         points = zip(found["slice_mm"].tolist(), found["slices"][finding].tolist(), strict=True)
@@ -61,6 +64,8 @@ def write_page(found: dict[str, Any], folder: files.PathLike) -> Path:
         "Probabilities are zero-shot ones after the run's calibration on its validation split. Without one: "
         f"{', '.join(sorted(uncalibrated)) or 'none'}. A slice speaks for a finding as "
         "far as it changes its zero-shot logit by itself; that is what the model goes by, not where the finding is.",
+        "Slices are told by their height in mm above the lowest one that the model sees; pictures have the patient's "
+        "right on the left.",
     )
     caption = f"Findings: {found['doubt']}" if found["doubt"] else "Findings"
     profile = np.stack([found["slice_mm"], *found["slices"].values()], 1).tolist()

@@ -33,7 +33,7 @@ from medvl.hub import loading, tokens
 from medvl.serve import rooms
 from medvl.serve.interface import Refused
 from medvl.systems import export, run
-from medvl.systems.ct_clip import common_space, look, score, slice_features
+from medvl.systems.ct_clip import common_space, look, scan_page, score, slice_features
 from medvl.systems.ct_clip import data as ct_data
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import record as ct_record
@@ -1040,6 +1040,10 @@ def test_a_scan_is_looked_at_with_one_pass_of_the_encoder(trained, monkeypatch):
     assert list(found["slices"]) == findings
     named = look.look_at_scan(folder, _scan(), ["Pneumothorax"])
     assert named["calibrated"] == named["probability"]
+    # Twice is once; a finding whose denial would be cut off is refused.
+    assert look.look_at_scan(folder, _scan(), ["Pneumothorax"] * 2)["probability"] == named["probability"]
+    with pytest.raises(ValueError, match=r"must have 64 tokens at most, .*'a very long finding"):
+        look.look_at_scan(folder, _scan(), ["a very long finding " * 30])
 
 
 def test_a_run_that_was_evaluated_before_there_was_calibration(trained, tmp_path, caplog):
@@ -1100,6 +1104,22 @@ def test_a_page_of_one_scan(trained, tmp_path, monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError):
         scans_commands.print_findings(str(folder), str(scan), [], page=str(tmp_path / "other"))
     assert not [path for path in tmp_path.iterdir() if "other" in path.name and path.is_dir()]
+
+
+def test_findings_in_own_words_are_drawn_beside_called_ones(tmp_path, trained, monkeypatch):
+    found = look.look_at_scan(trained[1], _scan(), ["Lung opacity", "Pneumothorax", "Emphysema"])
+    # Calibrated, all of these round to 1: the decision is that of the scores.
+    found["probability"] |= {"Lung opacity": 0.7, "Emphysema": 0.5}
+    found["threshold"] = dict.fromkeys(("Lung opacity", "Emphysema"), 0.6)
+    found["calibrated"] |= dict.fromkeys(found["threshold"], 1.0)
+    found["calibrated_threshold"] = dict.fromkeys(found["threshold"], 1.0)
+    assert [line[3] for line in scan_page.table(found)] == ["yes", "", "no"]
+    grids = []
+    picture_grid = plots.picture_grid
+    monkeypatch.setattr(plots, "picture_grid", lambda *a: grids.append(a) or picture_grid(*a))
+    scan_page.write_page(found, tmp_path / "page")
+    assert [name.rpartition(":")[0] for name, _ in grids[0][0]] == ["Lung opacity", "Pneumothorax"]
+    assert "right on the left" in (tmp_path / "page/report.html").read_text()
 
 
 def test_what_is_no_chest_is_said(trained, tmp_path, monkeypatch, caplog):
