@@ -49,6 +49,11 @@ def _embed_scans(
     if names_csv.resolve() in (Path(source).resolve(), Path(metadata).resolve()):
         raise ValueError(f"embed: the names are written to {names_csv}, which is read here; rename one")
     files.check_writable(names_csv)
+    # Names of an earlier run may be replaced, but no other table.
+    if names_csv.exists() and [*files.read_csv(names_csv)[0]] != ["VolumeName"]:
+        raise ValueError(
+            f"embed: the names would replace {names_csv}, which is another table; name another --out"
+        )
     paths = ingest.find_scans(source)
     opened = load(run_folder)
     embeddings, num_rejected = {}, 0

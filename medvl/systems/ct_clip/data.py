@@ -192,6 +192,23 @@ def check_findings(cfg: Config) -> None:
         )
 
 
+def check_test_set(cfg: Config) -> None:
+    """Raise where what is scored now cannot be: as `check_findings`; of another test set (data.test), which training
+    has not seen, also where one of its patients is in validation or training.
+    """
+    check_findings(cfg)
+    if not cfg.data.test:
+        return
+    patients = {}
+    for split in ("valid", "test"):
+        listed = _read_labels(cfg, data_path(cfg, "labels", split))[0]
+        patients[split] = set(patients_of(cfg, split, listed))
+    # Training may have been on another machine.
+    if data_path(cfg, "store", "train").exists():
+        patients["train"] = set(patients_of(cfg, "train", open_volumes(cfg, "train").names))
+    _check_patients(patients)
+
+
 def _check_classes(cfg: Config, valid: LabelledVolumes) -> None:
     """Raise where no finding of the validation split has both classes; warn of those that have one."""
     # AUROC and thresholds have no value where all volumes have a finding, or none.
@@ -214,7 +231,7 @@ def _check_classes(cfg: Config, valid: LabelledVolumes) -> None:
 
 def _check_patients(patients: Mapping[str, set[str]]) -> None:
     for first, second in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        shared = patients[first] & patients[second]
+        shared = patients.get(first, set()) & patients.get(second, set())
         if shared:
             raise ValueError(
                 f"{len(shared)} patients are both in {first} and in {second}; what is learnt from a patient "

@@ -96,7 +96,7 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     report into `folder`.
     """
     cfg = ct_clip.cfg
-    data.check_findings(cfg)
+    data.check_test_set(cfg)
     # Thresholds are chosen here and applied to the test split, which must not take part in any choice.
     valid = score_split(ct_clip, params, "valid")
     test = score_split(ct_clip, params, "test")

@@ -855,6 +855,17 @@ def test_a_test_set_with_its_findings_in_another_order_is_refused(trained, tmp_p
         run.evaluate(str(folder), (f"data.test={test}",), lambda line: None)
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_another_test_set_with_patients_of_the_run_is_refused(split, trained, tmp_path):
+    cfg, folder = trained
+    test = tmp_path / "test"
+    test.mkdir()
+    shutil.copy(ct_data.data_path(cfg, "store", split), test / "test.h5")
+    shutil.copy(ct_data.data_path(cfg, "labels", split), test / "test_labels.csv")
+    with pytest.raises(ValueError, match=rf"patients are both in {split} and in test"):
+        run.evaluate(str(folder), (f"data.test={test}",), lambda line: None)
+
+
 def test_a_list_that_leaves_no_volume_is_refused(trained, tmp_path):
     cfg, folder = trained
     names = [r["VolumeName"] for r in files.read_csv(ct_data.data_path(cfg, "labels", "valid"))]
@@ -1158,6 +1169,10 @@ def test_many_scans_are_embedded_into_one_array(trained, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"the names are written to .*list.csv, which is read here"):
         scans_commands.embed_scan(folder, str(table), str(tmp_path / "list.npy"))
     assert table.read_text() == before
+    (tmp_path / "notes.csv").write_text("patient,note\n1,2\n")
+    with pytest.raises(ValueError, match=r"the names would replace .*notes.csv, which is another table"):
+        scans_commands.embed_scan(folder, str(table), str(tmp_path / "notes.npy"))
+    assert (tmp_path / "notes.csv").read_text() == "patient,note\n1,2\n"
     table.write_text("path\nscans/broken.nii.gz\n")
     with pytest.raises(ValueError, match="all of its 1 scans were rejected"):
         scans_commands.embed_scan(folder, str(table), str(tmp_path / "none.npy"))
