@@ -142,18 +142,19 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
 
 
 def _notes(cfg: Config, valid: SplitScores, test: SplitScores) -> list[str]:
+    left_out = f", without those of {cfg.evaluate.exclude}" if cfg.evaluate.exclude else ""
     notes = [
         f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the "
         f"validation split ({len(valid.names)} {cfg.evaluate.level}s). Labels were not trained on; validation "
         f"labels chose checkpoint, thresholds and calibration ({cfg.evaluate.calibration}). Scores and thresholds are zero-shot "
         "probabilities; calibration is a rising function of them, which changes no ranking and no decision.",
         f"Protocol: {cfg.evaluate.protocol or 'all findings of the label table'}; {len(test.names)} "
-        f"{cfg.evaluate.level}s, without those of {cfg.evaluate.exclude or 'no list'}.",
+        f"{cfg.evaluate.level}s{left_out}.",
     ]
     if cfg.evaluate.protocol == "ctclip":
         notes.append(
-            "Thresholds of the metrics called ctclip were chosen on the evaluated set, as CT-CLIP does: they are too "
-            "high, and comparable with its published numbers only."
+            "Thresholds of the metrics called ctclip were chosen on the evaluated set, as CT-CLIP does: these metrics "
+            "are too high, and comparable with its published numbers only."
         )
     return notes
 
